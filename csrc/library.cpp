@@ -1,0 +1,41 @@
+// Which ops does fuseer.kernels._C implement, and how was it built? The schemas are in kernels/<op>/op.py, which works without this file.
+#include "library.h"
+
+#include <ATen/Version.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+namespace fuseer {
+
+at::Tensor all_reduce(const at::Tensor& tensor, const char* reduction, const std::string& group_name) {
+  if (group_name.empty()) {
+    return tensor;
+  }
+  // Boxed: the C++ type of group_name differs between torch versions, a string fits all of them.
+  torch::jit::Stack stack{tensor, std::string(reduction), group_name};
+  c10::Dispatcher& dispatcher = c10::Dispatcher::singleton();
+  dispatcher.findSchemaOrThrow("_c10d_functional::all_reduce", "").callBoxed(&stack);
+  dispatcher.findSchemaOrThrow("_c10d_functional::wait_tensor", "").callBoxed(&stack);
+  return stack.back().toTensor();
+}
+
+}  // namespace fuseer
+
+TORCH_LIBRARY_IMPL(fuseer, CPU, m) {
+  m.impl("sinkhorn.cpu", [](const at::Tensor& scores, double epsilon, int64_t iterations, std::string group_name) {
+    return fuseer::sinkhorn_cpu(scores, epsilon, iterations, group_name);
+  });
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", [] {
+    pybind11::dict info;
+    info["compiler"] = FUSEER_COMPILER " " __VERSION__;
+    info["flags"] = FUSEER_FLAGS;
+    info["instruction_sets"] = FUSEER_INSTRUCTION_SETS;
+    info["cpu_capability"] = at::get_cpu_capability();
+    info["cuda_archs"] = FUSEER_CUDA_ARCHS;
+    info["torch"] = FUSEER_TORCH;
+    return info;
+  }, "How this library was built (compiler, flags, torch, instruction sets, CUDA architectures: '' = no CUDA code) and the CPU it runs on.");
+}

@@ -1,0 +1,132 @@
+"""Which implementation of an op runs, over which ranks, and why not the others?"""
+
+import logging
+import os
+
+import torch
+import torch.distributed
+
+BACKENDS = ("triton", "cuda", "cpu", "reference")
+COMPILED = object()
+HALF = (torch.float16, torch.bfloat16)
+
+_LIBRARY = torch.library.Library("fuseer", "FRAGMENT")
+_LOG = logging.getLogger("fuseer.kernels")
+_passed_over = set()
+
+
+def register(name, schema, fake, **bodies):
+    """Define fuseer::`name` once per backend: overload `name`.`backend`, all with one schema and one fake; the overloads by backend.
+
+    A body is the Python implementation, or COMPILED where csrc/library.cpp registers it (without the extension that overload
+    stays empty, and the backend's unsupported() says why). The schema lives in Python alone: torch checks the C++ signature
+    against it whichever of the two is loaded first, and an installation without a compiler has the same ops.
+    """
+    overloads = {}
+    for backend, body in bodies.items():
+        _LIBRARY.define(f"{name}.{backend}{schema}")
+        if body is not COMPILED:
+            _LIBRARY.impl(f"{name}.{backend}", body, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fuseer::{name}.{backend}", fake, lib=_LIBRARY)
+        overloads[backend] = getattr(getattr(torch.ops.fuseer, name), backend)
+    return overloads
+
+
+def backend_of(impl):
+    """The backend's name: the module's own, without the underscore."""
+    return impl.__name__.rpartition(".")[2].lstrip("_")
+
+
+def choose(op, impls, backend, *args):
+    """The name of the backend that runs `op` on `args`.
+
+    Asked by name (`backend`, else the environment's FUSEER_BACKEND) it is that one or an error: ValueError for a name that is no
+    backend, RuntimeError with the reason where it cannot run. Unasked it is the first of `impls` that can, and each one passed
+    over is named once, with its reason, in the log fuseer.kernels.
+    """
+    asked = os.environ.get("FUSEER_BACKEND") or None if backend is None else backend
+    if asked is not None and asked not in BACKENDS:
+        source = "FUSEER_BACKEND" if backend is None else "backend"
+        raise ValueError(f"{op}: {source} must be one of {', '.join(BACKENDS)}; got {asked!r}")
+    reasons = []
+    for impl in impls:
+        name = backend_of(impl)
+        if asked is not None and name != asked:
+            continue
+        reason = None if name == "reference" else impl.unsupported(*args)
+        if reason is None:
+            if reasons and not torch.compiler.is_compiling():
+                _tell(op, name, reasons)
+            return name
+        reasons.append(f"{name}: {reason}")
+    have = ", ".join(backend_of(impl) for impl in impls)
+    why = "; ".join(reasons) or f"{op} has no such backend"
+    raise RuntimeError(f"{op}: backend {asked!r} was asked for and cannot run ({why}); available for {op}: {have}")
+
+
+def _tell(op, name, reasons):
+    for reason in reasons:
+        key = (op, name, reason.partition(":")[0])
+        if key not in _passed_over:
+            _passed_over.add(key)
+            _LOG.warning("%s: runs on %s (%s)", op, name, reason)
+
+
+def group_name(op, group):
+    """The name under which an op's schema carries `group`; '' for None, which means this process alone."""
+    if group is None:
+        return ""
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"{op}: group must be None (this process alone) or a ProcessGroup this rank belongs to; got {group!r}")
+    return group.group_name
+
+
+def all_reduce(tensor, reduction, name):
+    """`tensor` reduced ("sum" or "max") over the group of that name, as a new tensor; itself where the name is ''."""
+    if not name:
+        return tensor
+    reduced = torch.ops._c10d_functional.all_reduce(tensor.contiguous(), reduction, name)
+    return torch.ops._c10d_functional.wait_tensor(reduced)
+
+
+def compute_dtype(dtype):
+    """The dtype of an op's arithmetic, codes and losses: float32 for half inputs, the input's own otherwise."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+def widened(function):
+    """The forward body of a plain reference: every tensor cast to the compute dtype of the first; outputs contiguous, as the fakes say."""
+
+    def forward(first, *rest):
+        dtype = compute_dtype(first.dtype)
+        out = function(*(_cast(value, dtype) for value in (first, *rest)))
+        return tuple(x.contiguous() for x in out) if isinstance(out, tuple) else out.contiguous()
+
+    return forward
+
+
+def differentiated(function):
+    """The backward body of a plain reference: d<dout, function(first, ...)>/d(first) by autograd; contiguous, in the dtype of `first`."""
+
+    def backward(dout, first, *rest):
+        dtype = compute_dtype(first.dtype)
+        with torch.enable_grad(), _autograd_inside_an_op():
+            leaf = first.detach().to(dtype).requires_grad_()
+            out = function(leaf, *(_cast(value, dtype) for value in rest))
+            (dfirst,) = torch.autograd.grad(out, leaf, dout.to(out.dtype))
+        return dfirst.to(first.dtype).contiguous()
+
+    return backward
+
+
+def _autograd_inside_an_op():
+    """Lets autograd record inside an op's body: below a TorchDispatchMode (opcheck, flop counters) its keys are switched off there."""
+    keys = torch._C.DispatchKey
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor, keys.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
+def _cast(value, dtype):
+    return value.detach().to(dtype) if isinstance(value, torch.Tensor) else value

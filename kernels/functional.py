@@ -1,0 +1,7 @@
+"""What may I call? The public list of ops."""
+
+from fuseer.kernels.sinkhorn import sinkhorn
+from fuseer.kernels.soft_xent import soft_xent
+from fuseer.kernels.swapped_prediction import swapped_prediction
+
+__all__ = ["sinkhorn", "soft_xent", "swapped_prediction"]

@@ -1,0 +1,38 @@
+"""What does SwAV's swapped prediction mean?"""
+
+import torch
+
+from fuseer.kernels.sinkhorn.reference import column_potentials
+
+
+def swapped_prediction(scores, queue_scores, assign, epsilon, iterations, temperature, group_name):
+    """loss = scale * sum_b mean_{i in assign} 1/(V-1) sum_{v != i} CE(codes_i[b], scores_v[b]/temperature)."""
+    potentials, scale = potentials_and_scale(scores, queue_scores, assign, epsilon, iterations, group_name)
+    return swapped_cross_entropy(scores, potentials, scale, assign, epsilon, temperature)
+
+
+def forward(scores, queue_scores, assign, epsilon, iterations, temperature, group_name):
+    """The loss with what its gradient needs, so that the backward pass neither iterates nor communicates."""
+    potentials, scale = potentials_and_scale(scores, queue_scores, assign, epsilon, iterations, group_name)
+    return swapped_cross_entropy(scores, potentials, scale, assign, epsilon, temperature), potentials, scale
+
+
+@torch.no_grad()
+def potentials_and_scale(scores, queue_scores, assign, epsilon, iterations, group_name):
+    """Sinkhorn's column potentials [A, 1, K] over queue and own rows of the assign crops; scale = W / max(1, sum over ranks of B)."""
+    rows = scores[list(assign)]
+    if queue_scores is not None:
+        rows = torch.cat([queue_scores, rows], dim=1)
+    potentials, (count, ranks) = column_potentials(rows, epsilon, iterations, group_name, (scores.shape[1], 1))
+    return potentials, ranks / count.clamp(min=1)
+
+
+def swapped_cross_entropy(scores, potentials, scale, assign, epsilon, temperature):
+    """Each crop v is charged once, against the sum of the codes of the assign crops other than v."""
+    codes = (scores[list(assign)].detach() / epsilon + potentials).softmax(-1)
+    loss = scores.new_zeros(())
+    for v, log_p in enumerate((scores / temperature).log_softmax(-1).unbind()):
+        targets = [codes[a] for a, i in enumerate(assign) if i != v]
+        if targets:
+            loss = loss - (sum(targets) * log_p).sum()
+    return scale * loss / (len(assign) * (len(scores) - 1))

@@ -1,0 +1,94 @@
+"""Is a result right? The one numeric verdict, and the cases it is asked about; for tests and benchmarks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fuseer.kernels.dispatch import compute_dtype
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of inputs: `build(generator)` makes the op's keyword arguments in the order of reference.py, tensors in float64.
+
+    `production` marks the shapes that training meets: benchmarks run those, tests the others.
+    """
+
+    name: str
+    build: Callable
+    production: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Two errors and their bounds; true only where both hold (a NaN holds nothing)."""
+
+    max_abs: float
+    max_abs_bound: float
+    rel_l2: float
+    rel_l2_bound: float
+
+    def __bool__(self):
+        return self.max_abs <= self.max_abs_bound and self.rel_l2 <= self.rel_l2_bound
+
+    def __str__(self):
+        return f"max|error| {self.max_abs:.2e} (bound {self.max_abs_bound:.2e}), rel-L2 {self.rel_l2:.2e} (bound {self.rel_l2_bound:.2e})"
+
+
+def error_vs_eager(actual, eager, truth):
+    """The error of `actual` <= 2 * the error of `eager` + 4 eps(dtype of actual) * the size of `truth`, in max-abs and in rel-L2.
+
+    truth: the reference in float64; eager: the reference in float32 on half inputs, in the tested dtype otherwise. The size is
+    max|truth| for max-abs and 1 for rel-L2. ValueError where shapes differ or the truth is not finite.
+    """
+    if not actual.shape == eager.shape == truth.shape:
+        raise ValueError(f"error_vs_eager: shapes must be equal; got {list(actual.shape)}, {list(eager.shape)}, {list(truth.shape)}")
+    if truth.dtype != torch.float64 or not truth.isfinite().all():
+        raise ValueError("error_vs_eager: truth must be finite float64; got another dtype, or infinities or NaN")
+    if not truth.numel():
+        return Verdict(0.0, 0.0, 0.0, 0.0)
+    rounding = 4 * torch.finfo(actual.dtype).eps
+    size = truth.norm() if truth.norm() > 0 else torch.ones_like(truth.norm())
+    ours, theirs = actual.double() - truth, eager.double() - truth
+    return Verdict(
+        max_abs=ours.abs().max().item(),
+        max_abs_bound=2 * theirs.abs().max().item() + rounding * truth.abs().max().item(),
+        rel_l2=(ours.norm() / size).item(),
+        rel_l2_bound=2 * (theirs.norm() / size).item() + rounding,
+    )
+
+
+def inputs(case, dtype, seed=0, device="cpu"):
+    """The case's keyword arguments with every tensor in `dtype` on `device`."""
+    made = case.build(torch.Generator().manual_seed(seed))
+    return {name: x.to(device, dtype) if isinstance(x, torch.Tensor) else x for name, x in made.items()}
+
+
+def outputs(function, arguments, differentiable, seed=1):
+    """{"out": function(**arguments)} and {"d<name>": its gradient under one fixed random cotangent} for each differentiable name."""
+    leaves = {name: arguments[name].detach().requires_grad_() for name in differentiable}
+    out = function(**{**arguments, **leaves})
+    found = {"out": out.detach()}
+    if leaves:
+        dout = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(out)
+        grads = torch.autograd.grad(out, tuple(leaves.values()), dout)
+        found.update({f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)})
+    return found
+
+
+def verdicts(function, reference, case, dtype, differentiable=(), arguments=None):
+    """{output: Verdict} of `function` on the case in `dtype`, against `reference` (reference.py's function, autograd's gradient).
+
+    `arguments` replaces what `function` alone is given: a mutation, which has to turn a verdict red.
+    """
+    given = inputs(case, dtype)
+    alone = {"group_name": ""} if "group_name" in reference.__code__.co_varnames else {}
+    truth = outputs(reference, {**_cast(given, torch.float64), **alone}, differentiable)
+    eager = outputs(reference, {**_cast(given, compute_dtype(dtype)), **alone}, differentiable)
+    actual = outputs(function, given if arguments is None else arguments, differentiable)
+    return {name: error_vs_eager(actual[name], eager[name], truth[name]) for name in truth}
+
+
+def _cast(arguments, dtype):
+    return {name: x.to(dtype) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}

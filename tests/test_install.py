@@ -1,0 +1,119 @@
+"""Does the tree install where there is no compiler, with the reason kept, no stale library, and every op on its reference?"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TREE = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "kernels", "engine", "csrc")
+LIBRARY = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+PROGRAM = """
+import torch
+from fuseer.kernels import extension
+from fuseer.kernels.functional import sinkhorn
+import fuseer.kernels.functional as functional
+codes = sinkhorn(torch.rand(8, 5))
+assert torch.equal(codes.sum(-1).round(decimals=4), torch.ones(8))
+try:
+    sinkhorn(torch.rand(8, 5), backend="cpu")
+except RuntimeError as error:
+    print(error)
+print(extension.load(), extension.reason(), functional.__file__, sep="\\n")
+"""
+
+
+def without_compiler(bin_folder):
+    """An environment whose PATH holds one interpreter and nothing that compiles."""
+    dropped = ("CC", "CXX", "CUDA_HOME", "PYTHONPATH", "FUSEER_BACKEND")
+    environment = {name: value for name, value in os.environ.items() if name not in dropped}
+    return {**environment, "PATH": str(bin_folder), "OMP_WAIT_POLICY": "PASSIVE", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+
+
+def run(*command, cwd, env):
+    done = subprocess.run([str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the tree with a library left over from an earlier build."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for name in TREE:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_C_reason.txt"))
+        elif (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder / name)
+    (folder / "kernels" / LIBRARY).write_bytes(b"an earlier build")
+    return folder
+
+
+@pytest.fixture
+def python(tmp_path):
+    """A new virtual environment that sees this one's packages, but not this checkout."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    return tmp_path / "venv" / "bin" / "python"
+
+
+def install(python, checkout, *what):
+    options = ("--no-deps", "--no-build-isolation", "--ignore-installed", "--no-index")
+    return run(python, "-m", "pip", "install", "-v", *options, *what, cwd=checkout, env=without_compiler(python.parent))
+
+
+def check_that_it_runs_on_reference(python, folder):
+    told = run(python, "-c", PROGRAM, cwd=folder.parent, env=without_compiler(python.parent)).splitlines()
+    refused, library, reason, file, logged = told
+    assert "sinkhorn: backend 'cpu' was asked for and cannot run" in refused
+    assert "no C++ compiler: c++ is not on PATH" in refused
+    assert library == "None"
+    assert reason.startswith("the C++ extension was not built: no C++ compiler")
+    assert Path(file).is_relative_to(folder)
+    assert logged.startswith("sinkhorn: runs on reference (cpu: the C++ extension was not built: no C++ compiler")
+
+
+def test_editable_install_without_a_compiler(checkout, python):
+    output = install(python, checkout, "-e", ".")
+    assert "fuseer: the C++ extension was NOT built; every op runs on its reference." in output
+    assert "no C++ compiler: c++ is not on PATH" in output
+    assert not (checkout / "kernels" / LIBRARY).exists()
+    check_that_it_runs_on_reference(python, checkout)
+
+
+def test_wheel_without_a_compiler(checkout, python, tmp_path):
+    platform = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    stale = checkout / "build" / f"lib.{platform}" / "fuseer" / "kernels"
+    stale.mkdir(parents=True)
+    (stale / LIBRARY).write_bytes(b"an earlier build")
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "-w", tmp_path / "wheels")
+    run(python, "-m", "pip", "wheel", *options, ".", cwd=checkout, env=without_compiler(python.parent))
+    assert (checkout / "kernels" / LIBRARY).exists(), "a wheel must not touch the checkout's own library"
+    (wheel,) = (tmp_path / "wheels").glob("fuseer-*.whl")
+    install(python, tmp_path, wheel)
+    (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages/fuseer")
+    assert not list(packages.rglob("*.so"))
+    for room in ("kernels", "engine"):
+        here = {path.relative_to(ROOT / room) for path in (ROOT / room).rglob("*.py") if "__pycache__" not in path.parts}
+        assert here == {path.relative_to(packages / room) for path in (packages / room).rglob("*.py")}
+    check_that_it_runs_on_reference(python, packages)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")
+def test_with_a_compiler_the_extension_is_here_and_says_how_it_was_built():
+    import torch
+
+    from fuseer.kernels import extension
+
+    assert extension.reason() is None
+    info = extension.load().build_info()
+    assert set(info) == {"compiler", "flags", "instruction_sets", "cpu_capability", "cuda_archs", "torch"}
+    assert info["torch"] == torch.__version__
+    assert info["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert info["cuda_archs"] == "" or list(ROOT.glob("csrc/**/*.cu"))
