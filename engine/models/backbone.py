@@ -1,0 +1,49 @@
+"""Which network does a backbone's name mean, ours or timm's, with features [B, D] and a width?"""
+
+import difflib
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fuseer.engine.config import TrainConfig
+from fuseer.engine.models.norm import replace_batch_norm
+from fuseer.engine.models.regnet import NAMED, build_regnet
+
+OURS = ("regnet", "anynet", *NAMED)
+
+
+class TimmBackbone(nn.Module):
+    """A timm model without classifier: images [B, 3, H, W] to features [B, D], D = `width`, with our BatchNorm over `group`."""
+
+    def __init__(self, model: nn.Module, *, group: dist.ProcessGroup | None = None):
+        super().__init__()
+        self.model = replace_batch_norm(model, group)
+        # mobilenetv3 and kin widen once more between the last map and the classifier
+        self.width = getattr(model, "head_hidden_size", None) or model.num_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+
+def build_backbone(name: str, *, group: dist.ProcessGroup | None = None, **options) -> nn.Module:
+    """The backbone called `name`: forward maps images [B, 3, H, W] to features [B, D], `width` is D.
+
+    "anynet", "regnet" and the keys of `NAMED` are ours, with the options of `build_regnet`; any other name is timm's, with the options of
+    `timm.create_model`. Norms are over `group` (None: this process). Raises ValueError for a name that neither has.
+    """
+    if name in OURS:
+        return build_regnet(name, group=group, **options)
+    # timm takes seconds to import and is an extra: only those who name its models pay
+    import timm
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, [*OURS, *timm.list_models()], n=3, cutoff=0.5)
+        raise ValueError(f"build_backbone: no model is called {name!r}; the nearest names are {', '.join(near) or 'none'}")
+    return TimmBackbone(timm.create_model(name, num_classes=0, **options), group=group)
+
+
+def initial_backbone(config: TrainConfig, group: dist.ProcessGroup | None = None) -> nn.Module:
+    """The backbone of a run's `TrainConfig` as it was before the first step: decided by the seed alone."""
+    torch.manual_seed(config.seed)
+    return build_backbone(config.model.name, group=group, **config.model.options)
