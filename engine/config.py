@@ -1,0 +1,175 @@
+"""What can a run be told, and how is it told wrongly?"""
+
+import difflib
+import json
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+
+
+class Config(BaseModel):
+    """A frozen group of settings; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class MethodConfig(Config):
+    """Base of every method's settings; the method's own file adds its fields and the views it asks for."""
+
+
+class ModelConfig(Config):
+    """Which backbone, and how its BatchNorm is shared between ranks."""
+
+    name: str = Field(description="one of our RegNets, or any timm model")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the constructor, e.g. stem_stride")
+    sync_norm_ranks: int = Field(0, ge=0, description="ranks that share BatchNorm statistics; 0 = every rank alone")
+
+
+class DataConfig(Config):
+    """Where images come from and how they are turned into pixels."""
+
+    path: str = Field("demo", description="'demo', or any folder of images, flat or one folder per class")
+    pipeline: Literal["auto", "dali", "torchvision"] = "auto"
+    threads: int = Field(0, ge=0, description="decode and augment threads; 0 = cores per local rank")
+    prefetch_batches: int = Field(2, ge=1)
+    max_broken_share: float = Field(0.01, ge=0, lt=1, description="stop when more than this share of the images seen is broken")
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+class OptimConfig(Config):
+    """The update rule and its learning rate: linear warm-up start_lr → lr, then cosine lr → final_lr."""
+
+    name: Literal["larc", "sgd", "adamw"] = "larc"
+    lr: float = Field(gt=0)
+    start_lr: float = Field(0.0, ge=0)
+    final_lr: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    warmup_epochs: float = Field(0.0, ge=0, description="added to warmup_steps once the number of images is known")
+    weight_decay: float = Field(1e-6, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    trust_coefficient: float = Field(0.001, gt=0)
+    eps: float = Field(1e-8, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+class KnnConfig(Config):
+    """The weighted kNN that is taken during training and at its end, where the data has labels."""
+
+    every_steps: int = Field(0, ge=0, description="0 = only when asked for after training")
+    k: int = Field(20, ge=1)
+    temperature: float = Field(0.07, gt=0)
+    train_images: int = Field(0, ge=0, description="0 = all; otherwise the first so many, spread over the classes")
+    image_size: int = Field(0, ge=0, description="0 = native size; otherwise resize to 8/7 of it and crop the centre")
+
+
+class TrainConfig(Config):
+    """Everything a pretraining run is made of. Its JSON is saved beside the run and prints back to the same object."""
+
+    recipe: str
+    method: SerializeAsAny[MethodConfig]
+    model: ModelConfig
+    optim: OptimConfig
+    data: DataConfig = DataConfig()
+    knn: KnnConfig = KnnConfig()
+    seed: int = Field(0, ge=0, lt=2**31)
+    batch_size: int = Field(gt=0, description="images per optimizer step over all ranks and accumulation steps")
+    steps: int = Field(0, ge=0, description="optimizer steps; give either steps or epochs")
+    epochs: float = Field(0.0, ge=0)
+    accumulation_steps: int = Field(1, ge=1)
+    precision: Literal["fp32", "bf16-autocast"] = "fp32"
+    zero_stage: int = Field(0, ge=0, le=3)
+    log_every_steps: int = Field(10, ge=1)
+    checkpoint_every_steps: int = Field(0, ge=0, description="0 = only at the end")
+    keep_checkpoints: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _one_duration(self):
+        if (self.steps > 0) == (self.epochs > 0):
+            raise ValueError(f"give exactly one of steps and epochs; got steps={self.steps} and epochs={self.epochs}")
+        if self.optim.name == "larc" and self.zero_stage >= 1:
+            raise ValueError(
+                f"optim.name=larc works with zero_stage=0 only (its norms are per tensor, and ZeRO {self.zero_stage} hands it flat "
+                "partitions); use zero_stage=0, or optim.name=sgd or adamw"
+            )
+        if self.zero_stage == 3:
+            raise ValueError("zero_stage=3 is not supported; use 0, 1 or 2")
+        return self
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=2)
+
+
+def nearest(word: str, choices) -> str:
+    """' (did you mean …?)' for the closest of `choices`, or their list when none is close."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else f"; choose from {', '.join(choices)}"
+
+
+def apply_overrides(config: Config, overrides: dict[str, str]) -> Config:
+    """`config` with every `key.path=value` applied; values are read as JSON where they parse, else as text.
+
+    Raises ValueError naming the key, the value and the nearest known key.
+    """
+    tree: dict[str, Any] = {}
+    for path, text in overrides.items():
+        _check_path(config, path)
+        *parents, leaf = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if isinstance(node, _Given):
+                raise ValueError(f"config: {path} stands inside {parent}, which is given as a whole; give one of them")
+        node[leaf] = _Given(_value(text))
+    return _merge(config, tree, "")
+
+
+class _Given(NamedTuple):
+    """A value as it was given, to tell a whole dictionary from settings inside one."""
+
+    value: Any
+
+
+def _check_path(config: Config, path: str) -> None:
+    node: Any = config
+    for depth, key in enumerate(path.split(".")):
+        if isinstance(node, dict) and depth == path.count("."):
+            return
+        if not isinstance(node, Config):
+            raise ValueError(f"config: {'.'.join(path.split('.')[:depth])} has no settings below it; got {path}")
+        if key not in type(node).model_fields:
+            raise ValueError(f"config: unknown key {path}{nearest(key, type(node).model_fields)}")
+        node = getattr(node, key)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def _merge(config: Config, tree: dict[str, Any], where: str) -> Config:
+    fields: dict[str, Any] = {name: getattr(config, name) for name in type(config).model_fields}
+    for key, value in tree.items():
+        if isinstance(value, _Given):
+            fields[key] = value.value
+        elif isinstance(fields[key], Config):
+            fields[key] = _merge(fields[key], value, f"{where}{key}.")
+        else:
+            fields[key] = {**fields[key], **{name: given.value for name, given in value.items()}}
+    try:
+        return type(config)(**fields)
+    except ValidationError as error:
+        raise ValueError(_sentence(error, where)) from None
+
+
+def _sentence(error: ValidationError, where: str) -> str:
+    """pydantic's report as one sentence per mistake: key, what is wrong, value."""
+    said = []
+    for item in error.errors():
+        key = where + ".".join(str(part) for part in item["loc"])
+        what = item["msg"].removeprefix("Value error, ")
+        said.append(f"{key}: {what} (got {item['input']!r})" if item["loc"] else what)
+    return "config: " + "; ".join(said)
