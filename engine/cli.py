@@ -1,0 +1,172 @@
+"""What can be asked for at the command line? `fuseer` alone lists it."""
+
+import difflib
+import os
+import sys
+import time
+from pathlib import Path
+
+USAGE = """\
+fuseer: self-supervised pretraining of vision models
+
+  fuseer demo [out=FOLDER] [recipe=tiny_swav]     pretrain on the bundled photographs, evaluate, write a report
+  fuseer doctor                                   what was found on this machine, what is switched off and why
+  fuseer recipes                                  the recipes, with what each expects
+  fuseer pretrain recipe=NAME out=FOLDER [data=FOLDER] [resume=true] [key.path=value …]
+  fuseer eval knn run=FOLDER                      weighted kNN of a run's backbone, beside its initialisation and raw pixels
+  fuseer report run=FOLDER                        write FOLDER/report.html
+
+On several accelerators or processes:
+  deepspeed --num_accelerators 2 --module fuseer.engine.train recipe=NAME out=FOLDER …
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; a mistake of the caller's is one sentence on stderr and exit status 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _settle_threads()
+    try:
+        return _dispatch(arguments)
+    except (ValueError, TypeError, RuntimeError, FileNotFoundError, PermissionError) as error:
+        if "FUSEER_TRACEBACK" in os.environ:
+            raise
+        print(f"fuseer: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fuseer: interrupted; go on with resume=true where a checkpoint was written", file=sys.stderr)
+        return 130
+
+
+def _settle_threads() -> None:
+    """Idle OpenMP threads must sleep, not spin: two spinning ranks on two cores are ten times slower. Read once, when torch loads."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _dispatch(arguments: list[str]) -> int:
+    words = [word for word in arguments if "=" not in word and not word.startswith("--local_rank")]
+    options = dict(word.split("=", 1) for word in arguments if "=" in word and not word.startswith("--local_rank"))
+    if not words or words[0] in ("help", "-h", "--help"):
+        print(USAGE)
+        return 0
+    commands = {"demo": _demo, "doctor": _doctor, "recipes": _recipes, "pretrain": _pretrain, "eval knn": _eval_knn, "report": _report}
+    name = " ".join(words)
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, n=1, cutoff=0.4)
+        raise ValueError(f"unknown command '{name}'" + (f"; did you mean '{near[0]}'?" if near else "; `fuseer` alone lists the commands"))
+    return commands[name](options)
+
+
+def _only(options: dict[str, str], command: str, known: tuple[str, ...], needed: tuple[str, ...] = ()) -> None:
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known) or 'none'}"
+            raise ValueError(f"{command}: unknown option {key}; {hint}")
+    for key in needed:
+        if key not in options:
+            raise ValueError(f"{command}: {key}=… is missing")
+
+
+def _configure(options: dict[str, str]):
+    from fuseer.engine.config import apply_overrides
+    from fuseer.engine.recipes.recipe import load_recipe
+
+    overrides = {key: value for key, value in options.items() if key not in ("recipe", "out", "resume", "data")}
+    if "data" in options:
+        overrides["data.path"] = options["data"]
+    if "steps" in overrides and "epochs" not in overrides:
+        overrides["epochs"] = "0"
+    if "epochs" in overrides and "steps" not in overrides:
+        overrides["steps"] = "0"
+    return apply_overrides(load_recipe(options["recipe"]).config(), overrides)
+
+
+def _truth(options: dict[str, str], key: str) -> bool:
+    value = options.get(key, "false").lower()
+    if value not in ("true", "false"):
+        raise ValueError(f"{key} must be true or false; got {options[key]}")
+    return value == "true"
+
+
+def _pretrain(options: dict[str, str]) -> int:
+    for key in ("recipe", "out"):
+        if key not in options:
+            raise ValueError(f"pretrain: {key}=… is missing; see `fuseer recipes`")
+    config, resume = _configure(options), _truth(options, "resume")
+    from fuseer.engine import distributed
+    from fuseer.engine.log import say
+    from fuseer.engine.report import write_report
+    from fuseer.engine.train import train
+
+    try:
+        out = Path(options["out"]).resolve()
+        first = distributed.start().is_first
+        if first:
+            say(f"config\n{config.to_json()}\n")
+        train(config, out, resume=resume)
+        if first:
+            say(f"report {write_report(out)}")
+    finally:
+        distributed.stop()
+    return 0
+
+
+def _demo(options: dict[str, str]) -> int:
+    _only(options, "demo", ("out", "recipe"))
+    recipe = options.get("recipe", "tiny_swav")
+    out = Path(options["out"]).resolve() if "out" in options else _fresh(Path.cwd() / "runs", "demo" if recipe == "tiny_swav" else recipe)
+    started = time.perf_counter()
+    _pretrain({"recipe": recipe, "out": str(out)})
+    trained = time.perf_counter() - started
+    _eval_knn({"run": str(out)})
+    print(f"training      {trained:.0f} s\nreport        {out / 'report.html'}\ncrop sheet    {out / 'crops.png'}")
+    return 0
+
+
+def _fresh(parent: Path, name: str) -> Path:
+    """The first of name, name-2, name-3, … that does not exist."""
+    return next(path for n in range(1, 10**6) if not (path := parent / (name if n == 1 else f"{name}-{n}")).exists())
+
+
+def _eval_knn(options: dict[str, str]) -> int:
+    _only(options, "eval knn", ("run",), needed=("run",))
+    from fuseer.engine.evaluate.probe import evaluate_run
+    from fuseer.engine.report import write_report
+
+    run = Path(options["run"]).resolve()
+    result = evaluate_run(run)
+    images = f"{result['train_images']} train, {result['test_images']} test images"
+    print(f"\nweighted kNN (k={result['k']}, T={result['temperature']}), {images}")
+    accuracy = {row["name"]: row["accuracy"] for row in result["rows"]}
+    for name, value in accuracy.items():
+        print(f"  {name:<36} {value:7.2%}")
+    *others, pretrained = list(accuracy.values())
+    print(f"  {'gain over the better initialisation':<36} {100 * (pretrained - max(others[1:])):+6.2f} points")
+    write_report(run)
+    return 0
+
+
+def _report(options: dict[str, str]) -> int:
+    _only(options, "report", ("run",), needed=("run",))
+    from fuseer.engine.report import write_report
+
+    print(write_report(Path(options["run"]).resolve()))
+    return 0
+
+
+def _recipes(options: dict[str, str]) -> int:
+    _only(options, "recipes", ())
+    from fuseer.engine.recipes.recipe import load_recipe, recipe_names
+
+    for name in recipe_names():
+        print(f"{name}\n    " + load_recipe(name).__doc__.strip().replace("\n", "\n    ") + "\n")
+    return 0
+
+
+def _doctor(options: dict[str, str]) -> int:
+    _only(options, "doctor", ())
+    from fuseer.engine.doctor import findings
+
+    for name, state, remark in findings():
+        print(f"{name:<14} {state:<12} {remark}")
+    return 0

@@ -1,0 +1,400 @@
+"""How did a run go, on one page that opens offline?"""
+
+import base64
+import itertools
+import json
+import math
+import os
+import statistics
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+BINS = 200
+NO_CHART_OF_ITS_OWN = {"kind", "step", "epoch", "loss", "lr", "images_per_second", "data_wait_share", "seconds"} | {
+    "prototype_entropy", "prototypes_used", "prototype_usage"
+}
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+
+Points = list[tuple[float, float]]
+
+
+@dataclass
+class Run:
+    """What a run folder holds: JSON as read, records by kind in step order, what could not be read in words."""
+
+    folder: Path
+    config: dict[str, Any]
+    env: dict[str, Any]
+    knn: dict[str, Any]
+    sheet: bytes
+    records: dict[str, list[dict[str, Any]]]
+    unreadable: list[str]
+
+    @property
+    def prototypes(self) -> int:
+        """K of the method, 0 where it has none."""
+        count = self.config.get("method", {}).get("prototypes")
+        return count if type(count) is int and count > 1 else 0
+
+    @property
+    def progress(self) -> float:
+        """Share of the planned steps or epochs that has been logged, 1 when the next record would lie beyond the end."""
+        if not self.records["train"]:
+            return 0.0
+        last, config = self.records["train"][-1], self.config
+        step, epoch = last["step"], _number(last, "epoch")
+        log_every = config.get("log_every_steps", 1)
+        if config.get("steps"):
+            return 1.0 if step + log_every > config["steps"] else step / config["steps"]
+        if config.get("epochs") and math.isfinite(epoch) and step > 0:
+            return 1.0 if (step + log_every) * epoch / step > config["epochs"] else epoch / config["epochs"]
+        return 1.0
+
+    def series(self, key: str, scale: float = 1.0, kind: str = "train") -> Points:
+        """(step, value · scale) of every record of `kind` that has `key`; NaN and infinities included."""
+        return [(record["step"], _number(record, key) * scale) for record in self.records[kind] if key in record]
+
+
+def write_report(run_folder: str | Path) -> Path:
+    """Write `report.html` into `run_folder` from what the run has left there so far, and return its path.
+
+    Reads config.json and metrics.jsonl (both needed), env.json, eval/knn.json and crops.png (each optional). The run may be going on or
+    have been killed: unreadable lines and files are skipped and named on the page; after a resume, records of later steps that were
+    written before it are dropped. The page is one file without links to anything outside it, replaced in one move. Call it on one rank.
+    Raises ValueError where config.json or metrics.jsonl is missing, or config.json cannot be read.
+    """
+    run = read_run(Path(run_folder))
+    pages = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    template = pages.from_string(Path(__file__).with_name("report.html.j2").read_text("utf-8"))
+    html = template.render(
+        title=run.config.get("recipe", run.folder.name), subtitle=_subtitle(run), troubles=troubles(run),
+        numbers=key_numbers(run),
+        charts=charts(run), resumed=[record["step"] for record in run.records["resume"]],
+        knn=_knn_table(run),
+        sheet=f"data:image/png;base64,{base64.b64encode(run.sheet).decode()}" if run.sheet else "",
+        broken=_broken(run),
+        config=list(_flat(run.config)), env=list(_flat(run.env)),
+        unreadable=run.unreadable,
+    )
+    path = run.folder / "report.html"
+    part = path.with_name("report.html.part")
+    # file names that are not UTF-8 arrive as lone surrogates
+    part.write_bytes(html.encode("utf-8", "backslashreplace"))
+    os.replace(part, path)
+    return path
+
+
+def read_run(folder: Path) -> Run:
+    """What `folder` holds of a run; raises ValueError as `write_report` says."""
+    missing = " and no ".join(name for name in ("config.json", "metrics.jsonl") if not (folder / name).is_file())
+    if missing:
+        raise ValueError(f"report: {folder} has no {missing}; give the run folder that `fuseer pretrain` wrote (out=…)")
+    unreadable: list[str] = []
+    config = _json(folder, "config.json", unreadable)
+    if unreadable:
+        raise ValueError(f"report: {folder / 'config.json'} is not a JSON object; it is cut off or was edited: restore it from the recipe")
+    records = _records(folder / "metrics.jsonl", unreadable)
+    env, knn = (_json(folder, name, unreadable) for name in ("env.json", "eval/knn.json"))
+    sheet = (folder / "crops.png").read_bytes() if (folder / "crops.png").is_file() else b""
+    if sheet and not (sheet.startswith(PNG_START) and sheet.endswith(PNG_END)):
+        unreadable.append("crops.png is cut off")
+        sheet = b""
+    return Run(folder, config, env, knn, sheet, records, unreadable)
+
+
+def _json(folder: Path, name: str, unreadable: list[str]) -> dict[str, Any]:
+    if not (folder / name).is_file():
+        return {}
+    value = _object((folder / name).read_bytes())
+    if value is None:
+        unreadable.append(f"{name} is not a JSON object")
+    return value or {}
+
+
+def _object(text: bytes) -> dict[str, Any] | None:
+    """The JSON object that `text` is, None where it is cut off or something else."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _records(path: Path, unreadable: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Records by kind, by step: the last one of each step, none that a later resume threw away; every broken file; no unknown kind."""
+    lost = 0
+    kept: dict[str, dict[Any, dict[str, Any]]] = {"train": {}, "knn": {}, "broken": {}, "resume": {}}
+    for line in filter(bytes.strip, path.read_bytes().splitlines()):
+        record = _object(line)
+        if record is None or type(record.get("step")) is not int or not isinstance(record.get("kind"), str):
+            lost += 1
+            continue
+        kind, step = record["kind"], record["step"]
+        if kind == "resume":
+            for other in ("train", "knn"):
+                kept[other] = {at: earlier for at, earlier in kept[other].items() if at <= step}
+        if kind in kept:
+            kept[kind][len(kept["broken"]) if kind == "broken" else step] = record
+    if lost:
+        unreadable.append(f"metrics.jsonl: {lost} line{'s' * (lost > 1)} skipped, cut off or not a record")
+    return {kind: sorted(records.values(), key=lambda record: record["step"]) for kind, records in kept.items()}
+
+
+def _number(record: dict[str, Any], key: str) -> float:
+    """record[key] as a float, NaN where it is missing or no number."""
+    value = record.get(key)
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+
+
+def _finite(points: Points) -> list[float]:
+    return [value for _, value in points if math.isfinite(value)]
+
+
+def troubles(run: Run) -> list[str]:
+    """Every sign of trouble in the numbers of `run`, in words, with the remedy."""
+    return [text for text in (_non_finite(run), _at_chance(run), _few_prototypes(run), _starved(run), _nothing_learnt(run)) if text]
+
+
+def _non_finite(run: Run) -> str:
+    bad = [step for step, loss in run.series("loss") if not math.isfinite(loss)]
+    if not bad:
+        return ""
+    return (
+        f"The loss is not finite in {len(bad)} of {len(run.records['train'])} records, first at step {bad[0]}. "
+        "Lower the learning rate or lengthen its warm-up; embeddings and prototypes must both be L2-normalised."
+    )
+
+
+def _at_chance(run: Run) -> str:
+    """A loss of ln K after half the run: every sample is assigned alike."""
+    losses = _finite(run.series("loss"))
+    if not run.prototypes or not losses or run.progress < 0.5:
+        return ""
+    chance = math.log(run.prototypes)
+    recent = statistics.fmean(losses[-max(1, len(losses) // 10) :])
+    if recent < 0.98 * chance:
+        return ""
+    return (
+        f"At chance: likely collapse. The loss is {recent:.3f}, and ln {run.prototypes} = {chance:.3f} is where a network stays that "
+        "tells no two images apart. Try, in this order: a lower epsilon (0.03), prototypes frozen for longer, a head without BatchNorm, "
+        "milder augmentation or fewer crops. If the loss jumped when a queue started, start the queue later or make it shorter."
+    )
+
+
+def _few_prototypes(run: Run) -> str:
+    used = _finite(run.series("prototypes_used"))
+    if not run.prototypes or not used:
+        return ""
+    # a batch cannot use more prototypes than it has images
+    if used[-1] >= 0.1 * min(run.prototypes, run.config.get("batch_size", run.prototypes)):
+        return ""
+    return (
+        f"Only {used[-1]:.0f} of {run.prototypes} prototypes are used. Try a lower epsilon (0.03), fewer prototypes (about three for each "
+        "class you expect), or, where the batch is much smaller than their number, a queue."
+    )
+
+
+def _starved(run: Run) -> str:
+    waits = _finite(run.series("data_wait_share"))
+    if not waits or statistics.median(waits) <= 0.3:
+        return ""
+    return (
+        f"The model waits for images during {statistics.median(waits):.0%} of the time. Raise data.threads or data.prefetch_batches, "
+        "use data.pipeline=dali, or move the images to a faster disk."
+    )
+
+
+def _nothing_learnt(run: Run) -> str:
+    rows = _knn_rows(run)
+    starts = [accuracy for name, accuracy in rows.items() if name.startswith("initialisation")]
+    if "pretrained" not in rows or not starts or rows["pretrained"] > max(starts):
+        return ""
+    return (
+        f"Pretraining has not helped: kNN is {rows['pretrained']:.1%}, and {max(starts):.1%} with the network as initialised. "
+        "Look at the loss and at the crop sheet first: crops may be too harsh, or the run too short."
+    )
+
+
+def _subtitle(run: Run) -> str:
+    """Date · folder · how far the run got."""
+    written = datetime.fromtimestamp((run.folder / "config.json").stat().st_mtime).isoformat()
+    started = str(run.env.get("started", written))[:16].replace("T", " ")
+    train, how_far = run.records["train"], "no training record yet"
+    if train:
+        planned = f"{run.config['steps']:,} steps" if run.config.get("steps") else f"{run.config.get('epochs', '?')} epochs"
+        so_far = f"going on, or stopped: step {train[-1]['step']:,}, {run.progress:.0%} of {planned}"
+        how_far = f"finished: {planned}" if run.progress >= 1 else so_far
+    return f"{started} · {run.folder.resolve().name} · {how_far}"
+
+
+def key_numbers(run: Run) -> list[tuple[str, str, str]]:
+    """(name, value, what to hold it against) of the numbers that matter most; '–' where the run has none yet."""
+    losses = run.series("loss")
+    speeds, waits, used = (_finite(run.series(key)) for key in ("images_per_second", "data_wait_share", "prototypes_used"))
+    speed, wait = statistics.median(speeds or [0.0]), f"data wait {statistics.median(waits):.1%}" if waits else ""
+    chance = f"chance: ln {run.prototypes} = {math.log(run.prototypes):.3f}" if run.prototypes else ""
+    numbers = [
+        ("Loss, last record", f"{losses[-1][1]:.4g}" if losses else "–", chance),
+        ("Images a second", f"{speed:,.{1 if speed < 1000 else 0}f}" if speeds else "–", wait),
+        ("Time", *_elapsed(run)),
+        ("kNN", *_last_knn(run)),
+    ]
+    if used:
+        numbers.append(("Prototypes used", f"{used[-1]:,.0f}", f"of {run.prototypes:,}" if run.prototypes else ""))
+    broken = len(_broken(run))
+    return [*numbers, ("Broken files", str(broken), "skipped, named below" if broken else "")]
+
+
+def _elapsed(run: Run) -> tuple[str, str]:
+    """(duration, seconds in words): the clock starts again at a resume, so its rises are added up."""
+    clock, marks = [point for point in run.series("seconds") if math.isfinite(point[1])], run.records["resume"]
+    total = 0.0
+    for (earlier, before), (later, after) in itertools.pairwise([(-1, 0.0), *clock]):
+        again = after < before or any(earlier <= mark["step"] < later for mark in marks)
+        total += after if again else after - before
+    hours, minutes, seconds = int(total // 3600), int(total // 60 % 60), int(total % 60)
+    duration = f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{total:.1f} s"
+    return (duration, f"{total:,.1f} seconds, {clock[-1][0]:,} steps") if clock else ("–", "")
+
+
+def _knn_rows(run: Run) -> dict[str, float]:
+    """Accuracy by name as in eval/knn.json."""
+    return {str(row["name"]): row["accuracy"] for row in run.knn.get("rows", []) if math.isfinite(_number(row, "accuracy"))}
+
+
+def _last_knn(run: Run) -> tuple[str, str]:
+    rows, during = _knn_rows(run), _finite(run.series("accuracy", kind="knn"))
+    if "pretrained" in rows:
+        starts = [accuracy for name, accuracy in rows.items() if name.startswith("initialisation")]
+        gain = f"{100 * (rows['pretrained'] - max(starts)):+.1f} points on the better initialisation" if starts else ""
+        return f"{rows['pretrained']:.1%}", gain.replace("-", "−")
+    return (f"{during[-1]:.1%}", f"at step {run.records['knn'][-1]['step']:,}") if during else ("–", "")
+
+
+def _knn_table(run: Run) -> dict[str, Any]:
+    """Rows (name, percent) and the caption of the table; no rows without eval/knn.json."""
+    told = {"k": "k = {}", "temperature": "T = {}", "train_images": "{:,} training images", "test_images": "{:,} test images"}
+    caption = ", ".join(text.format(run.knn[key]) for key, text in told.items() if isinstance(run.knn.get(key), (int, float)))
+    return {"rows": [(name, 100 * accuracy) for name, accuracy in _knn_rows(run).items()], "caption": caption}
+
+
+def _broken(run: Run) -> dict[str, str]:
+    """Reason by file, each file once however often it was met."""
+    return {str(record.get("file", "?")): str(record.get("reason", "?")) for record in run.records["broken"]}
+
+
+def _flat(value: Any, path: str = ""):
+    """(key.path, value) of every leaf of nested dicts and lists of dicts."""
+    if isinstance(value, dict) and value:
+        pairs = value.items()
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        pairs = enumerate(value)
+    else:
+        yield path, value if isinstance(value, str) else json.dumps(value)
+        return
+    for key, item in pairs:
+        yield from _flat(item, f"{path}.{key}".lstrip("."))
+
+
+def charts(run: Run) -> list[dict[str, Any]]:
+    """What the page draws, most telling first: every chart the run has numbers for."""
+    count, marks = run.prototypes, [record["step"] for record in run.records["resume"]]
+    whole = f"of ln {count}, %" if count else "in nats"
+    accuracies = {name: 100 * accuracy for name, accuracy in _knn_rows(run).items()}
+    drawn = [
+        line_chart("Loss", run.series("loss"), lines={f"chance, ln {count}": math.log(count)} if count else {}, marks=marks),
+        line_chart("Accuracy of kNN, %", run.series("accuracy", 100, kind="knn"), lines=accuracies, marks=marks, dots=True),
+        line_chart("Learning rate", run.series("lr"), marks=marks, floor=0),
+        line_chart("Prototypes used", run.series("prototypes_used"), lines={"all": count} if count else {}, marks=marks, floor=0),
+        line_chart(
+            f"Entropy of the mean softmax, {whole}", run.series("prototype_entropy", 100 / math.log(count) if count else 1), marks=marks,
+            lines={"all prototypes alike": 100} if count else {},
+        ),
+        usage_chart(run),
+        line_chart("Images a second", run.series("images_per_second"), marks=marks, floor=0),
+        line_chart("Time spent waiting for data, %", run.series("data_wait_share", 100), marks=marks, floor=0),
+    ]
+    others = dict.fromkeys(key for record in run.records["train"] for key in record if key not in NO_CHART_OF_ITS_OWN)
+    drawn += [line_chart(key.replace("_", " "), run.series(key), marks=marks) for key in others]
+    return [chart for chart in drawn if chart]
+
+
+def line_chart(title: str, points: Points, *, lines: dict[str, float] | None = None, marks=(), floor=math.inf, dots=False) -> dict | None:
+    """One series over steps with named horizontal `lines` and vertical `marks`; gaps where it is not finite, None where it never is."""
+    values = _finite(points)
+    if not values:
+        return None
+    (points, means), lines = thinned(points), lines or {}
+    first, last = points[0][0], points[-1][0]
+    span = (first, last) if first < last else (first - 1, last + 1)
+    low, high = min([*values, *lines.values()]), max([*values, *lines.values()])
+    pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    pieces = [list(piece) for drawn, piece in itertools.groupby(points, key=lambda point: math.isfinite(point[1])) if drawn]
+    return {
+        "title": title, "at": "step", "points": _rounded(points), "pieces": pieces, "means": means, "bar": 0,
+        "dots": dots or len(values) == 1, "lines": lines, "marks": [mark for mark in marks if span[0] <= mark <= span[1]],
+        "x": _axis(*span, 6), "y": _axis(floor if floor <= low else low - pad, high + pad, 5),
+    }
+
+
+def usage_chart(run: Run) -> dict[str, Any] | None:
+    """Bars of the shares in the last record (of all prototypes or the most used), at most BINS of them (each the mean of its ranks)."""
+    usage = next((record["prototype_usage"] for record in reversed(run.records["train"]) if record.get("prototype_usage")), [])
+    shares = sorted((100 * share for share in usage if isinstance(share, (int, float)) and math.isfinite(share)), reverse=True)
+    if not shares:
+        return None
+    count, ranks = max(run.prototypes, len(shares)), math.ceil(len(shares) / BINS)
+    even = 100 / count
+    bars = [(first + 1, statistics.fmean(shares[first : first + ranks])) for first in range(0, len(shares), ranks)]
+    return {
+        "title": f"Share of the {len(shares):,} most used prototypes, %" if len(shares) < count else "Share of each prototype, %",
+        "at": "rank", "points": _rounded(bars), "pieces": [bars], "means": [], "bar": ranks, "dots": False, "marks": [],
+        "x": _axis(0.5, bars[-1][0] + ranks - 0.5, 6), "y": _axis(0, 1.06 * max(bars[0][1], even), 5), "lines": {f"even, 1/{count}": even},
+    }
+
+
+def thinned(points: Points) -> tuple[Points, Points]:
+    """(about 3 · BINS of the points, the mean of each bin), or (all, none) where they are few.
+
+    Each bin keeps its lowest, its highest and one that is not finite, so that no spike or gap is lost.
+    """
+    if len(points) <= 3 * BINS:
+        return points, []
+    kept, means = {0, len(points) - 1}, []
+    for number in range(BINS):
+        indices = range(number * len(points) // BINS, (number + 1) * len(points) // BINS)
+        finite = [index for index in indices if math.isfinite(points[index][1])]
+        if finite:
+            kept |= {min(finite, key=lambda index: points[index][1]), max(finite, key=lambda index: points[index][1])}
+            means.append((points[finite[len(finite) // 2]][0], statistics.fmean(points[index][1] for index in finite)))
+        if len(finite) < len(indices):
+            kept.add(next(index for index in indices if not math.isfinite(points[index][1])))
+    return [points[index] for index in sorted(kept)], means
+
+
+def _axis(low: float, high: float, most: int) -> dict[str, Any]:
+    """low, high and about `most` round ticks (value, label) between them."""
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.8 * rough)
+    values = [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return {"low": low, "high": high, "ticks": [(value, _tick(value, step)) for value in values]}
+
+
+def _tick(value: float, step: float) -> str:
+    if step < 1e-4 and abs(value) < 1000 * step:
+        return f"{value:.4g}"
+    digits = -math.floor(math.log10(step) + 1e-9)
+    for power, letter in ((6, "M"), (3, "k")):
+        if digits + power <= 3 and abs(value) >= 10**power * (1 if digits <= -power else 10):
+            return f"{value / 10**power:.{max(0, digits + power)}f}{letter}"
+    return f"{value:.{max(0, digits)}f}"
+
+
+def _rounded(points: Points) -> str:
+    """JSON for the read-out under the pointer; null where a value is not finite."""
+    return json.dumps([[x, float(f"{y:.5g}") if math.isfinite(y) else None] for x, y in points], separators=(",", ":"))

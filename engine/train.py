@@ -1,0 +1,253 @@
+"""How does a recipe become a run? Also started as `deepspeed --module fuseer.engine.train recipe=… out=…`."""
+
+import sys
+
+if __name__ == "__main__":  # the thread settings must stand before torch loads
+    from fuseer.engine.cli import main
+
+    sys.exit(main(["pretrain", *sys.argv[1:]]))
+
+import json
+import platform
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fuseer.engine import checkpoint, distributed
+from fuseer.engine.config import TrainConfig
+from fuseer.engine.data.sheet import crop_sheet
+from fuseer.engine.data.sources import Reader, SampleIndex, open_source, shown
+from fuseer.engine.data.view import Loader
+from fuseer.engine.distributed import Ranks
+from fuseer.engine.evaluate.probe import KnnProbe
+from fuseer.engine.log import RunLog, say
+from fuseer.engine.methods.method import Ground, Method
+from fuseer.engine.models.backbone import initial_backbone
+from fuseer.engine.optim import build_optimizer, layout
+from fuseer.engine.schedule import warmup_cosine
+
+# What may differ when a run goes on: these change neither the samples nor the weights that a step sees.
+FREE_ON_RESUME = {"steps", "epochs", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "knn", "zero_stage"}
+FREE_DATA = {"path", "threads", "prefetch_batches", "max_broken_share"}
+PACKAGES = ("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "torchvision", "timm", "numpy", "safetensors")
+
+
+@dataclass
+class Run:
+    """Everything that one step touches."""
+
+    config: TrainConfig
+    ranks: Ranks
+    method: Method
+    engine: object
+    optimizer: torch.optim.Optimizer
+    reader: Reader
+    loader: Loader
+    index: SampleIndex
+    total_steps: int
+    warmup_steps: int
+
+
+def train(config: TrainConfig, out: Path, *, resume: bool = False) -> None:
+    """Pretrains as `config` says and leaves config.json, env.json, metrics.jsonl, events/, ckpt/ and crops.png in `out`.
+
+    A folder that already holds a run is refused unless `resume`, which goes on from its newest complete checkpoint.
+    """
+    ranks = distributed.start()
+    _agree_on_folder(config, out, ranks, resume)
+    run = build(config, ranks)
+    first = _take_back(run, out) if resume else 0
+    if ranks.is_first:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(config.to_json())
+        (out / "env.json").write_text(json.dumps(_environment(ranks), indent=2))
+    log = RunLog(out, first_rank=ranks.is_first, start=first, total=run.total_steps, images_per_step=config.batch_size)
+    if resume:
+        log.event("resume", first)
+    try:
+        _loop(run, out, log, first)
+    finally:
+        log.close()
+        run.loader.close()
+
+
+def build(config: TrainConfig, ranks: Ranks) -> Run:
+    """Source, loader, method and DeepSpeed engine of a run; the same weights on every rank."""
+    source = open_source(config.data.path, split="train")
+    index = SampleIndex(len(source), config.batch_size, config.seed, ranks.rank, ranks.world_size, config.accumulation_steps)
+    reader = Reader(source, config.data.max_broken_share, config.seed)
+    method = build_method(config, ranks)
+    optimizer = build_optimizer(method, config.optim)
+    engine = distributed.initialize_deepspeed(method, optimizer, config, ranks.world_size)
+    zero = engine.optimizer if config.zero_stage else None
+    optimizer.bind(layout(method, zero), ranks.group, partitioned=zero is not None)
+    total = config.steps or max(1, round(config.epochs * index.steps_per_epoch))
+    warmup = config.optim.warmup_steps + round(config.optim.warmup_epochs * index.steps_per_epoch)
+    loader = build_loader(config, reader, index, method, ranks)
+    torch.manual_seed(config.seed + ranks.rank)  # weights were equal on all ranks; what is random in training must not be
+    return Run(config, ranks, method, engine, optimizer, reader, loader, index, total, warmup)
+
+
+def build_method(config: TrainConfig, ranks: Ranks) -> Method:
+    """The method with its backbone at initialisation, decided by the seed alone."""
+    norm_group = distributed.norm_group(ranks, config.model.sync_norm_ranks)
+    backbone = initial_backbone(config, norm_group)
+    batch = distributed.micro_batch(config, ranks.world_size)
+    return config.method.build(Ground(backbone, ranks.group, norm_group, ranks.rank, ranks.world_size, batch)).to(ranks.device)
+
+
+def build_loader(config: TrainConfig, reader: Reader, index: SampleIndex, method: Method, ranks: Ranks) -> Loader:
+    """The DALI pipeline where DALI is installed, else torchvision's; both draw and return the same views."""
+    from importlib.util import find_spec
+
+    name = config.data.pipeline
+    if name == "auto":
+        name = "dali" if find_spec("nvidia") and find_spec("nvidia.dali") else "torchvision"
+    if name == "dali":
+        from fuseer.engine.data.dali import DaliLoader as Pipeline
+    else:
+        from fuseer.engine.data.torchvision import TorchvisionLoader as Pipeline
+    return Pipeline(
+        reader,
+        index,
+        method.views,
+        mean=config.data.mean,
+        std=config.data.std,
+        seed=config.seed,
+        device=ranks.device,
+        threads=config.data.threads or distributed.threads_per_rank(ranks.local_world_size),
+        prefetch_batches=config.data.prefetch_batches,
+    )
+
+
+def _loop(run: Run, out: Path, log: RunLog, first: int) -> None:
+    config, ranks = run.config, run.ranks
+    probe = KnnProbe.where_labelled(config) if config.knn.every_steps and ranks.is_first else None
+    batches = run.loader.batches(first * config.accumulation_steps)
+    named: set[str] = set()
+    run.method.train()
+    run.method.after_step(first)
+    for step in range(first, run.total_steps):
+        lr = _set_lr(run, step)
+        loss = torch.zeros((), device=ranks.device)
+        for _ in range(config.accumulation_steps):
+            asked = time.perf_counter()
+            batch = next(batches)
+            log.waited(time.perf_counter() - asked)
+            if step == 0 and ranks.is_first and not (out / "crops.png").exists():
+                crop_sheet(batch, out / "crops.png", mean=config.data.mean, std=config.data.std)
+            total = run.engine(batch).total
+            run.engine.backward(total)
+            run.engine.step()
+            loss += total.detach() / config.accumulation_steps
+        done = step + 1
+        run.method.after_step(done)
+        log.advance(done)
+        if done % config.log_every_steps == 0 or done == run.total_steps:
+            log.train(done, done / run.index.steps_per_epoch, lr, {"loss": _mean(loss, ranks), **run.method.diagnostics()})
+            _name_broken(run, log, done, named)
+        if done == run.total_steps or (config.checkpoint_every_steps and done % config.checkpoint_every_steps == 0):
+            meta = {"source": run.reader.source.fingerprint(), "images": len(run.reader.source)}
+            with log.paused():
+                checkpoint.save(
+                    out / "ckpt", done, method=run.method, optimizer=run.optimizer, ranks=ranks, meta=meta, keep=config.keep_checkpoints
+                )
+        if probe and (done % config.knn.every_steps == 0 or done == run.total_steps):
+            with log.paused():
+                log.event("knn", done, accuracy=probe.accuracy(run.method.backbone, ranks.device))
+
+
+def _set_lr(run: Run, step: int) -> float:
+    optim = run.config.optim
+    lr = warmup_cosine(
+        step, total_steps=run.total_steps, warmup_steps=run.warmup_steps, start=optim.start_lr, peak=optim.lr, final=optim.final_lr
+    )
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def _mean(loss: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    if ranks.group is not None:
+        dist.all_reduce(loss)
+    return loss / ranks.world_size
+
+
+def _name_broken(run: Run, log: RunLog, step: int, named: set[str]) -> None:
+    """Names every broken image once, whichever rank met it."""
+    found = [dict(run.reader.broken)]
+    if run.ranks.group is not None:
+        found *= run.ranks.world_size
+        dist.all_gather_object(found, dict(run.reader.broken))
+    for path, reason in {path: reason for part in found for path, reason in part.items()}.items():
+        if path not in named and run.ranks.is_first:
+            named.add(path)
+            say(f"skipped a broken image: {shown(path)}: {reason}")
+            log.event("broken", step, file=shown(path), reason=reason)
+
+
+def _agree_on_folder(config: TrainConfig, out: Path, ranks: Ranks, resume: bool) -> None:
+    """Checks the run folder on the first rank, and has all ranks agree on the outcome."""
+    refusal = [_folder_refusal(config, out, resume) if ranks.is_first else None]
+    dist.broadcast_object_list(refusal, device=torch.device("cpu"))
+    if refusal[0]:
+        raise ValueError(refusal[0])
+
+
+def _folder_refusal(config: TrainConfig, out: Path, resume: bool) -> str | None:
+    if out.exists() and not out.is_dir():
+        return f"out={out} is a file; name a folder"
+    if not resume:
+        if (out / "config.json").exists():
+            return f"out={out} already holds a run; add resume=true to go on with it, or name another folder"
+        return None
+    if not (out / "config.json").exists():
+        return f"resume: {out} holds no run; leave resume=true out to start one"
+    before, now = json.loads((out / "config.json").read_text()), config.model_dump(mode="json")
+    for tree in (before, now):
+        tree["data"] = {key: value for key, value in tree["data"].items() if key not in FREE_DATA}
+    changed = [key for key in now if key not in FREE_ON_RESUME and now[key] != before.get(key)]
+    if changed:
+        key = changed[0]
+        was, is_now = json.dumps(before.get(key)), json.dumps(now[key])
+        return f"resume: {key} was {was} when the run began and is now {is_now}; keep it, or start a new run"
+    return None
+
+
+def _take_back(run: Run, out: Path) -> int:
+    place = checkpoint.latest(out / "ckpt")
+    meta = checkpoint.read_meta(place)
+    source = run.reader.source
+    if meta["source"] != source.fingerprint():
+        raise ValueError(
+            f"resume: the images have changed since {place.name} ({meta['images']} then, {len(source)} now, or other names); "
+            "the sample order would not go on; start a new run"
+        )
+    checkpoint.load(place, method=run.method, optimizer=run.optimizer, ranks=run.ranks)
+    if meta["step"] >= run.total_steps:
+        raise ValueError(f"resume: {out} is already at step {meta['step']} of {run.total_steps}; raise steps or epochs to train on")
+    return meta["step"]
+
+
+def _environment(ranks: Ranks) -> dict:
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "absent"
+    return {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+        "host": {"system": platform.platform(), "processor": platform.machine(), "cores": distributed.cores()},
+        "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"CPU, {torch.backends.cpu.get_cpu_capability()}",
+        "ranks": ranks.world_size,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "packages": packages,
+    }

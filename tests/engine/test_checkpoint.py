@@ -1,0 +1,131 @@
+"""Is a checkpoint whole or absent, and refused in words when it does not fit?"""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from fuseer.engine import checkpoint
+from fuseer.engine.config import OptimConfig
+from fuseer.engine.distributed import Ranks
+from fuseer.engine.optim import build_optimizer, layout
+
+ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+
+
+class Toy(nn.Module):
+    sharded = {"queue": 0}
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width))
+        self.register_buffer("queue", torch.zeros(6, 2))
+        self.rows = 0
+
+    def counters(self):
+        return {"rows": self.rows}
+
+    def load_counters(self, counters, same_world):
+        self.rows = counters["rows"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def made(width=4, name="adamw"):
+    toy = Toy(width)
+    optimizer = build_optimizer(toy, OptimConfig(name=name, lr=0.1))
+    optimizer.bind(layout(toy, None), None, partitioned=False)
+    return toy, optimizer
+
+
+def trained(steps=3):
+    torch.manual_seed(1)
+    toy, optimizer = made()
+    for _ in range(steps):
+        toy.body(torch.randn(5, 3)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    toy.queue.copy_(torch.randn(6, 2))
+    toy.rows = 5
+    return toy, optimizer
+
+
+def write(folder, toy, optimizer, *steps, keep=2):
+    for step in steps:
+        checkpoint.save(folder, step, method=toy, optimizer=optimizer, ranks=ALONE, meta={"source": "x"}, keep=keep)
+
+
+def test_everything_comes_back(tmp_path):
+    toy, optimizer = trained()
+    write(tmp_path, toy, optimizer, 3)
+    expected = torch.randn(4)
+    torch.manual_seed(99)
+    other, other_optimizer = made()
+    meta = checkpoint.load(checkpoint.latest(tmp_path), method=other, optimizer=other_optimizer, ranks=ALONE)
+    assert meta["step"] == 3 and meta["source"] == "x" and other.rows == 5
+    for name, tensor in toy.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+    for p, q in zip(toy.parameters(), other.parameters(), strict=True):
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(other_optimizer.state[q][key], value), key
+    assert torch.equal(torch.randn(4), expected), "the generator goes on where it was"
+
+
+def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
+    toy, optimizer = trained()
+    write(tmp_path, toy, optimizer, 1, 2)
+    (tmp_path / ".part_00000003").mkdir()
+    (tmp_path / ".part_00000003" / "model.safetensors").write_bytes(b"half")
+    short = tmp_path / "step_00000002" / "model.safetensors"
+    short.write_bytes(short.read_bytes()[:-1])
+    assert checkpoint.latest(tmp_path).name == "step_00000001"
+    (tmp_path / "step_00000001" / "meta.json").write_text('{"files": {')
+    with pytest.raises(ValueError, match="holds no complete one"):
+        checkpoint.latest(tmp_path)
+
+
+def test_damage_and_other_models_are_refused(tmp_path):
+    toy, optimizer = trained()
+    write(tmp_path, toy, optimizer, 1)
+    place = checkpoint.latest(tmp_path)
+    wide, wide_optimizer = made(width=5)
+    with pytest.raises(ValueError, match=r"body.0.bias is \[4\] .* and \[5\]"):
+        checkpoint.load(place, method=wide, optimizer=wide_optimizer, ranks=ALONE)
+    toy.extra = nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match="another model; it lacks .*extra"):
+        checkpoint.load(place, method=toy, optimizer=optimizer, ranks=ALONE)
+    weights = place / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    other, other_optimizer = made()
+    with pytest.raises(ValueError, match="damaged"):
+        checkpoint.load(place, method=other, optimizer=other_optimizer, ranks=ALONE)
+
+
+def test_another_optimizer_is_refused(tmp_path):
+    toy, optimizer = trained()
+    write(tmp_path, toy, optimizer, 1)
+    other, other_optimizer = made(name="sgd")
+    with pytest.raises(ValueError, match="optimizer"):
+        checkpoint.load(checkpoint.latest(tmp_path), method=other, optimizer=other_optimizer, ranks=ALONE)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    toy, optimizer = trained()
+    write(tmp_path, toy, optimizer, 1, 2, 3)
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_00000002", "step_00000003"]
+
+
+def test_nothing_pickled_is_written(tmp_path):
+    toy, optimizer = trained()
+    write(tmp_path, toy, optimizer, 1)
+    names = {path.name for path in checkpoint.latest(tmp_path).iterdir()}
+    assert names == {"model.safetensors", "optimizer.safetensors", "rng.safetensors", "meta.json"}
+    assert json.loads((checkpoint.latest(tmp_path) / "meta.json").read_text())["format"] == checkpoint.FORMAT
