@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 100000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo demo-long test lint bench setup clean
@@ -34,6 +35,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp cs
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
 	$(BIN)/pip install --quiet "torch>=2.9" torchvision
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[engine,dali-cu13,dev]"
+	@$(BIN)/python -c "from fuseer.kernels import extension; print(extension.reason() or 'fuseer.kernels._C is built')"
 	touch $(STAMP)
 
 clean:

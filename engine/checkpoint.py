@@ -60,7 +60,7 @@ def latest(folder: Path) -> Path:
     """The newest complete checkpoint. Raises ValueError when there is none: a run asked to resume never starts afresh in silence."""
     found = complete(folder)
     if not found:
-        raise ValueError(f"checkpoint: {folder} holds no complete one; the run must first reach a step at which it saves")
+        raise ValueError(f"checkpoint: {folder} holds no complete one, so there is nothing to go on from; start anew in another folder")
     return found[-1]
 
 

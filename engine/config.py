@@ -22,6 +22,7 @@ class ModelConfig(Config):
 
     name: str = Field(description="one of our RegNets, or any timm model")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the constructor, e.g. stem_stride")
+    channels_last: bool = Field(False, description="memory layout of the activations; measure before choosing")
     sync_norm_ranks: int = Field(0, ge=0, description="ranks that share BatchNorm statistics; 0 = every rank alone")
 
 

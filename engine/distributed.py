@@ -42,13 +42,21 @@ def threads_per_rank(local_world_size: int) -> int:
     return max(1, cores() // local_world_size)
 
 
+def fastest_precision() -> str:
+    """'bf16-autocast' where the processor or the GPU multiplies bf16 by itself, else 'fp32'."""
+    if torch.cuda.is_available():
+        return "bf16-autocast" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16-autocast" if found.get("avx512_bf16") or found.get("amx_bf16") else "fp32"
+
+
 def keep_freed_memory() -> None:
-    """Has glibc keep large freed blocks instead of handing them back at once, after which every activation faults its pages in anew."""
+    """Has glibc keep freed blocks below 32 MiB, and 1 GiB of them; else every activation of a small network faults its pages in anew."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        trim_threshold, mmap_max = -1, -4
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, -1)
+        trim_threshold, mmap_threshold = -1, -3
+        libc.mallopt(mmap_threshold, 32 * 2**20)
+        libc.mallopt(trim_threshold, 2**30)
 
 
 def start() -> Ranks:

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from fuseer.engine.models.backbone import initial_backbone
 from fuseer.engine.optim import build_optimizer, layout
 from fuseer.engine.schedule import warmup_cosine
 
-# What may differ when a run goes on: these change neither the samples nor the weights that a step sees.
+# What may differ when a run goes on. The learning rate follows a new length; nothing else here changes what a step computes.
 FREE_ON_RESUME = {"steps", "epochs", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "knn", "zero_stage"}
 FREE_DATA = {"path", "threads", "prefetch_batches", "max_broken_share"}
 PACKAGES = ("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "torchvision", "timm", "numpy", "safetensors")
@@ -58,7 +59,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> None:
 
     A folder that already holds a run is refused unless `resume`, which goes on from its newest complete checkpoint.
     """
-    ranks = distributed.start()
+    config, ranks = resolved(config), distributed.start()
     _agree_on_folder(config, out, ranks, resume)
     run = build(config, ranks)
     first = _take_back(run, out) if resume else 0
@@ -66,6 +67,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(config.to_json())
         (out / "env.json").write_text(json.dumps(_environment(ranks), indent=2))
+        say(_in_words(run))
     log = RunLog(out, first_rank=ranks.is_first, start=first, total=run.total_steps, images_per_step=config.batch_size)
     if resume:
         log.event("resume", first)
@@ -74,6 +76,14 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> None:
     finally:
         log.close()
         run.loader.close()
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """`config` with data.pipeline=auto replaced by what is here, so that a run never goes on with other pixels in silence."""
+    if config.data.pipeline != "auto":
+        return config
+    name = "dali" if find_spec("nvidia") and find_spec("nvidia.dali") else "torchvision"
+    return config.model_copy(update={"data": config.data.model_copy(update={"pipeline": name})})
 
 
 def build(config: TrainConfig, ranks: Ranks) -> Run:
@@ -102,13 +112,8 @@ def build_method(config: TrainConfig, ranks: Ranks) -> Method:
 
 
 def build_loader(config: TrainConfig, reader: Reader, index: SampleIndex, method: Method, ranks: Ranks) -> Loader:
-    """The DALI pipeline where DALI is installed, else torchvision's; both draw and return the same views."""
-    from importlib.util import find_spec
-
-    name = config.data.pipeline
-    if name == "auto":
-        name = "dali" if find_spec("nvidia") and find_spec("nvidia.dali") else "torchvision"
-    if name == "dali":
+    """The configured pipeline; both draw the same parameters and return the same views up to the rounding of pixels."""
+    if config.data.pipeline == "dali":
         from fuseer.engine.data.dali import DaliLoader as Pipeline
     else:
         from fuseer.engine.data.torchvision import TorchvisionLoader as Pipeline
@@ -232,6 +237,16 @@ def _take_back(run: Run, out: Path) -> int:
     if meta["step"] >= run.total_steps:
         raise ValueError(f"resume: {out} is already at step {meta['step']} of {run.total_steps}; raise steps or epochs to train on")
     return meta["step"]
+
+
+def _in_words(run: Run) -> str:
+    config, ranks = run.config, run.ranks
+    parameters = sum(p.numel() for p in run.method.parameters()) / 1e6
+    where = f"{ranks.world_size} rank{'s' * (ranks.world_size > 1)} on {ranks.device.type}, {torch.get_num_threads()} threads each"
+    return (
+        f"{config.recipe}: {config.model.name}, {parameters:.2f} M parameters with head; {len(run.reader.source):,} images through "
+        f"{config.data.pipeline}, {run.index.steps_per_epoch} steps an epoch; {where}; {config.precision}, ZeRO {config.zero_stage}"
+    )
 
 
 def _environment(ranks: Ranks) -> dict:

@@ -34,6 +34,7 @@ IMPORT_EXCEPTIONS = {
     ("engine/models/backbone.py", "engine/models/regnet.py"): "one name table over our models and timm's",
     ("engine/distributed.py", "engine/config.py"): "deepspeed_config derives from TrainConfig",
     ("engine/recipes/recipe.py", "engine/recipes"): "recipes are found by listing their folder",
+    ("engine/recipes/tiny_swav_long.py", "engine/recipes/tiny_swav.py"): "the same recipe, longer",
     ("engine/data/sources.py", "engine/data/decodable.py"): "files are examined before they are handed on",
     ("engine/data/sources.py", "engine/data/bundled.py"): "the demo set is one of the sources",
     ("engine/data/make_demo_set.py", "engine/data/bundled.py"): "makes what bundled unpacks",

@@ -79,6 +79,17 @@ def check_that_it_runs_on_reference(python, folder):
     assert logged.startswith("sinkhorn: runs on reference (cpu: the C++ extension was not built: no C++ compiler")
 
 
+def check_that_the_demo_trains(fuseer, folder):
+    """Three steps of the demo's recipe on its bundled images, from another folder, where nothing can be compiled."""
+    folder.mkdir()
+    environment = without_compiler(fuseer.parent)
+    assert "off" in run(fuseer, "doctor", cwd=folder, env=environment).partition("fuseer._C")[2].splitlines()[0]
+    steps = ("steps=3", "batch_size=16", "knn.every_steps=0", "log_every_steps=1")
+    run(fuseer, "pretrain", "recipe=tiny_swav", "out=run", *steps, cwd=folder, env=environment)
+    found = {path.name for path in (folder / "run").iterdir()}
+    assert found == {"config.json", "env.json", "metrics.jsonl", "events", "ckpt", "crops.png", "report.html"}
+
+
 def test_editable_install_without_a_compiler(checkout, python):
     output = install(python, checkout, "-e", ".")
     assert "fuseer: the C++ extension was NOT built; every op runs on its reference." in output
@@ -103,6 +114,7 @@ def test_wheel_without_a_compiler(checkout, python, tmp_path):
         here = {path.relative_to(ROOT / room) for path in (ROOT / room).rglob("*.py") if "__pycache__" not in path.parts}
         assert here == {path.relative_to(packages / room) for path in (packages / room).rglob("*.py")}
     check_that_it_runs_on_reference(python, packages)
+    check_that_the_demo_trains(python.parent / "fuseer", tmp_path / "elsewhere")
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fuseer.engine.data.bundled import FULL, unpacked
+from fuseer.engine.data.bundled import DEBIAN_FOLDER, FULL, unpacked
 from fuseer.engine.data.decodable import DECODE_ERRORS, Examined, decodable, examine
 from fuseer.engine.data.philox import ORDER_STREAM, REPLACEMENT_STREAM, uniforms, words
 
@@ -74,6 +74,11 @@ def open_source(path: str, split: str | None = None, cache_dir: Path | None = No
     if not found.paths:
         raise ValueError(f"data.path: no images below {root}; looked for files ending in {' '.join(sorted(IMAGE_SUFFIXES))}")
     return found
+
+
+def full_demo_set_is_here() -> bool:
+    """Whether open_source('demo-full') can succeed: Debian's package is installed."""
+    return (DEBIAN_FOLDER / "train-images-idx3-ubyte.gz").is_file()
 
 
 def _of_split(root: Path, split: str | None) -> Source:

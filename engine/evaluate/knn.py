@@ -33,15 +33,22 @@ def knn_votes(
 def _chunk_votes(train, labels, rows, classes, k, temperature):
     with torch.autocast(rows.device.type, enabled=False):
         similarity = rows @ train.T
-    border = similarity.topk(k).values[:, -1:]
-    above, level = similarity > border, similarity == border
-    # topk may return any of equal values; by index the result is the same on every device
-    chosen = above | (level & (level.cumsum(1) <= k - above.sum(1, keepdim=True)))
-    neighbours = chosen.nonzero()[:, 1].view(-1, k)
+    values, neighbours = similarity.topk(min(k + 1, len(labels)))
+    neighbours = neighbours[:, :k].sort(1).values
+    if len(labels) > k:
+        tied = (values[:, k] == values[:, k - 1]).nonzero()[:, 0]
+        neighbours[tied] = _first_of_equals(similarity[tied], values[tied, k - 1 : k], k)
     weights = (similarity.gather(1, neighbours).double() / temperature).exp()
     # one slot per neighbour before the sum: atomics of a scatter-add would make ties depend on the run
     slots = weights.new_zeros(*weights.shape, classes)
     return slots.scatter_(2, labels[neighbours].long().unsqueeze(2), weights.unsqueeze(2)).sum(1)
+
+
+def _first_of_equals(similarity, border, k):
+    """The k most similar by index where several lie on the border: topk may return any of them, and not the same on every device."""
+    above, level = similarity > border, similarity == border
+    chosen = above | (level & (level.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    return chosen.nonzero()[:, 1].view(-1, k)
 
 
 def knn_predict(

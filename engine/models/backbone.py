@@ -21,19 +21,25 @@ class TimmBackbone(nn.Module):
         self.model = replace_batch_norm(model, group)
         # mobilenetv3 and kin widen once more between the last map and the classifier
         self.width = getattr(model, "head_hidden_size", None) or model.num_features
+        self.memory_format = torch.contiguous_format
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images)
+        return self.model(images.contiguous(memory_format=self.memory_format))
 
 
-def build_backbone(name: str, *, group: dist.ProcessGroup | None = None, **options) -> nn.Module:
+def build_backbone(name: str, *, group: dist.ProcessGroup | None = None, channels_last: bool = False, **options) -> nn.Module:
     """The backbone called `name`: forward maps images [B, 3, H, W] to features [B, D], `width` is D.
 
     "anynet", "regnet" and the keys of `NAMED` are ours, with the options of `build_regnet`; any other name is timm's, with the options of
-    `timm.create_model`. Norms are over `group` (None: this process). Raises ValueError for a name that neither has.
+    `timm.create_model`. Norms are over `group` (None: this process). With `channels_last` the activations are, while the weights stay
+    contiguous, as DeepSpeed demands. Raises ValueError for a name that neither has.
     """
-    if name in OURS:
-        return build_regnet(name, group=group, **options)
+    backbone = build_regnet(name, group=group, **options) if name in OURS else _timm_backbone(name, group, options)
+    backbone.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return backbone
+
+
+def _timm_backbone(name: str, group: dist.ProcessGroup | None, options: dict) -> TimmBackbone:
     # timm takes seconds to import and is an extra: only those who name its models pay
     import timm
 
@@ -46,4 +52,4 @@ def build_backbone(name: str, *, group: dist.ProcessGroup | None = None, **optio
 def initial_backbone(config: TrainConfig, group: dist.ProcessGroup | None = None) -> nn.Module:
     """The backbone of a run's `TrainConfig` as it was before the first step: decided by the seed alone."""
     torch.manual_seed(config.seed)
-    return build_backbone(config.model.name, group=group, **config.model.options)
+    return build_backbone(config.model.name, group=group, channels_last=config.model.channels_last, **config.model.options)

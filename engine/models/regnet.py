@@ -225,6 +225,7 @@ class AnyNet(nn.Module):
                 width = stage.width
             self.stages.append(blocks)
         self.width = width
+        self.memory_format = torch.contiguous_format
         self._initialise(zero_init_last)
 
     def _initialise(self, zero_init_last):
@@ -245,7 +246,7 @@ class AnyNet(nn.Module):
         return x
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.feature_map(images)
+        features = self.feature_map(images.contiguous(memory_format=self.memory_format))
         return features.mean((2, 3), dtype=torch.promote_types(features.dtype, torch.float32))
 
 

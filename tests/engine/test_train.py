@@ -15,6 +15,7 @@ from fuseer.engine import distributed
 from fuseer.engine.cli import main
 from fuseer.engine.config import apply_overrides
 from fuseer.engine.data.sources import open_source
+from fuseer.engine.evaluate.probe import evaluate_run
 from fuseer.engine.recipes.recipe import load_recipe
 from fuseer.engine.train import train
 
@@ -109,6 +110,22 @@ def test_resume_refuses_what_would_not_go_on(whole, images, tmp_path):
     moved = config.model_copy(update={"data": config.data.model_copy(update={"path": str(other)})})
     with pytest.raises(ValueError, match="images have changed .*35 then, 34 now"):
         train(moved, out, resume=True)
+
+
+def test_knn_of_the_saved_run_is_that_of_the_live_one(images, tmp_path):
+    """The probe during training sees the network itself, `eval knn` the checkpoint: the same number, beside the initialisation's."""
+    folder = tmp_path / "split"
+    for split in ("train", "test"):
+        shutil.copytree(images, folder / split)
+    out = tmp_path / "run"
+    train(small(folder, **{"steps": "4", "knn.every_steps": "4", "knn.k": "3", "optim.name": "sgd", "optim.lr": "0.05"}), out)
+    (live,) = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines() if '"knn"' in line]
+    found = evaluate_run(out)
+    rows = {row["name"]: row["accuracy"] for row in found["rows"]}
+    assert list(rows) == ["raw pixels", "initialisation", "initialisation, BatchNorm calibrated", "pretrained"]
+    assert rows["pretrained"] == live["accuracy"] and found["step"] == 4
+    assert rows["raw pixels"] > 0.5, "every test image is among the train images"
+    assert json.loads((out / "eval" / "knn.json").read_text()) == found
 
 
 def arguments(images: Path, out: Path, **more) -> list[str]:

@@ -17,6 +17,8 @@ from tests.engine.ranks import on_ranks
 
 STEPS, FREEZE, B = 10, 5, 12
 STAGES = {2: (0, 1, 2), 4: (2,)}
+ADAMW = OptimConfig(name="adamw", lr=1e-3, weight_decay=0.05)
+ADAMW_STAGES = {2: (0, 2), 4: ()}
 SMALL = {"depths": [1, 1], "widths": [16, 24], "group_widths": 8, "stem_width": 8, "stem_stride": 1, "activation": torch.nn.SiLU}
 CONFIG = TrainConfig(
     recipe="tiny_swav",
@@ -114,6 +116,9 @@ def on_rank(rank: int, world_size: int, folder: str) -> dict:
     for stage in STAGES[world_size]:
         config = CONFIG.model_copy(update={"zero_stage": stage})
         found[stage] = engine_run(config, ranks, Path(folder) / f"stage{stage}")
+    for stage in ADAMW_STAGES[world_size]:
+        config = CONFIG.model_copy(update={"zero_stage": stage, "optim": ADAMW})
+        found[f"adamw{stage}"] = engine_run(config, ranks, Path(folder) / f"adamw{stage}")
     return found
 
 
@@ -136,7 +141,7 @@ def plain():
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def several(request, tmp_path_factory):
+def several(request, tmp_path_factory):  # one spawn for each world size
     folder = tmp_path_factory.mktemp(f"world{request.param}")
     return on_ranks(request.param, on_rank, request.param, str(folder)), folder
 
@@ -192,6 +197,20 @@ def test_checkpoints_of_any_stage_and_world_load_into_one_process(plain, several
         assert momenta[stage].norm() > 0
     first = next(iter(momenta.values()))
     assert all(relative(momentum, first) < 1e-5 for momentum in momenta.values()), "momentum differs between stages"
+
+
+@pytest.mark.parametrize("several", [2], indirect=True)
+def test_adamw_is_the_same_under_zero_and_counts_its_steps(several):
+    ranks, folder = several
+    assert relative(ranks[0]["adamw2"]["losses"], ranks[0]["adamw0"]["losses"]) < 1e-4
+    for stage in ADAMW_STAGES[2]:
+        method = build()
+        optimizer = build_optimizer(method, ADAMW)
+        optimizer.bind(layout(method, None), None, partitioned=False)
+        alone = distributed.Ranks(0, 1, 0, 1, torch.device("cpu"))
+        checkpoint.load(folder / f"adamw{stage}" / f"step_{STEPS:08d}", method=method, optimizer=optimizer, ranks=alone)
+        steps = {name: optimizer.state[p]["step"].item() for name, p in method.named_parameters()}
+        assert steps.pop("prototypes.weight") == STEPS - FREEZE and set(steps.values()) == {STEPS}
 
 
 def test_larc_is_refused_under_zero():
