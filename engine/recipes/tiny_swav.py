@@ -28,10 +28,10 @@ def config() -> TrainConfig:
         model=ModelConfig(name="anynet", options=STAGES, channels_last=True),
         optim=OptimConfig(name="adamw", lr=1.4e-3, final_lr=1.4e-6, warmup_steps=80, weight_decay=0.05),
         data=DataConfig(path="demo", mean=(0.286, 0.286, 0.286), std=(0.353, 0.353, 0.353)),
-        knn=KnnConfig(every_steps=325),
+        knn=KnnConfig(every_steps=500),
         batch_size=64,
-        steps=1300,
+        steps=1500,
         precision=fastest_precision(),
         log_every_steps=25,
-        checkpoint_every_steps=650,
+        checkpoint_every_steps=500,
     )
