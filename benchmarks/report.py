@@ -20,7 +20,8 @@ def condense(name: str, run: Path) -> None:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seconds = max(record["seconds"] for record in records if record["kind"] == "train")
     environment = json.loads((run / "env.json").read_text())
-    kept = {key: environment[key] for key in ("started", "device", "host", "ranks", "threads", "python", "packages")}
+    kept = {key: environment[key] for key in ("started", "device", "ranks", "threads", "python", "packages")}
+    kept["cores"] = environment["host"]["cores"]
     found = {**json.loads((run / "eval" / "knn.json").read_text()), "training_seconds": seconds, **kept}
     (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
 
@@ -34,7 +35,7 @@ def demo_table() -> str:
     facts = {
         "train / test images": [f"{run['train_images']:,} / {run['test_images']:,}" for run in found.values()],
         "training, seconds": [f"{run['training_seconds']:.0f}" for run in found.values()],
-        "on": [f"{run['host']['cores']} cores, {run['device']}, {run['started'][:10]}" for run in found.values()],
+        "on": [f"{run['cores']} cores, {run['device']}, {run['started'][:10]}" for run in found.values()],
     }
     return "\n".join(lines + [f"| {what} | " + " | ".join(values) + " |" for what, values in facts.items()])
 
