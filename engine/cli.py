@@ -1,6 +1,5 @@
 """What can be asked for at the command line? `fuseer` alone lists it."""
 
-import difflib
 import json
 import os
 import sys
@@ -42,7 +41,7 @@ def _settle_threads() -> None:
     """Idle OpenMP threads must not spin for long: two spinning ranks on two cores are ten times slower. Read once, when torch loads.
 
     Nor may they sleep at once: a process alone on two cores then pays a wake-up per operator, which on small images makes two threads
-    slower than one. A bounded spin, about a millisecond, gave 1.5 times the images per second of none.
+    slower than one. A bounded spin gave 1.5 times the images per second of none.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
@@ -57,17 +56,20 @@ def _dispatch(arguments: list[str]) -> int:
     commands = {"demo": _demo, "doctor": _doctor, "recipes": _recipes, "pretrain": _pretrain, "eval knn": _eval_knn, "report": _report}
     name = " ".join(words)
     if name not in commands:
-        near = difflib.get_close_matches(name, commands, n=1, cutoff=0.4)
-        raise ValueError(f"unknown command '{name}'" + (f"; did you mean '{near[0]}'?" if near else "; `fuseer` alone lists the commands"))
+        raise ValueError(f"unknown command {name}{_nearest(name, commands)}")
     return commands[name](options)
+
+
+def _nearest(word: str, choices) -> str:
+    from fuseer.engine.config import nearest
+
+    return nearest(word, choices)
 
 
 def _only(options: dict[str, str], command: str, known: tuple[str, ...], needed: tuple[str, ...] = ()) -> None:
     for key in options:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known) or 'none'}"
-            raise ValueError(f"{command}: unknown option {key}; {hint}")
+            raise ValueError(f"{command}: unknown option {key}{_nearest(key, known)}")
     for key in needed:
         if key not in options:
             raise ValueError(f"{command}: {key}=… is missing")

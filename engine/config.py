@@ -79,7 +79,7 @@ class TrainConfig(Config):
     epochs: float = Field(0.0, ge=0)
     accumulation_steps: int = Field(1, ge=1)
     precision: Literal["fp32", "bf16-autocast"] = "fp32"
-    zero_stage: int = Field(0, ge=0, le=3)
+    zero_stage: int = Field(0, ge=0, le=2)
     log_every_steps: int = Field(10, ge=1)
     checkpoint_every_steps: int = Field(0, ge=0, description="0 = only at the end")
     keep_checkpoints: int = Field(2, ge=1)
@@ -93,8 +93,6 @@ class TrainConfig(Config):
                 f"optim.name=larc works with zero_stage=0 only (its norms are per tensor, and ZeRO {self.zero_stage} hands it flat "
                 "partitions); use zero_stage=0, or optim.name=sgd or adamw"
             )
-        if self.zero_stage == 3:
-            raise ValueError("zero_stage=3 is not supported; use 0, 1 or 2")
         return self
 
     def to_json(self) -> str:
@@ -105,7 +103,7 @@ def nearest(word: str, choices) -> str:
     """' (did you mean …?)' for the closest of `choices`, or their list when none is close."""
     choices = sorted(choices)
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else f"; choose from {', '.join(choices)}"
+    return f"; did you mean {close[0]}?" if close else f"; choose from {', '.join(choices) or 'none'}"
 
 
 def apply_overrides(config: Config, overrides: dict[str, str]) -> Config:

@@ -135,7 +135,6 @@ def micro_batch(config: TrainConfig, world_size: int) -> int:
 
 def initialize_deepspeed(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, world_size: int):
     """deepspeed.initialize without its compiled shared-memory op, which needs a compiler and leaves files in /dev/shm."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

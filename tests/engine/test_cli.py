@@ -24,8 +24,8 @@ def test_recipes_shows_command_and_result(capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["pretrian", "recipe=tiny_swav"], "did you mean 'pretrain'"),
-        (["eval", "kn"], "did you mean 'eval knn'"),
+        (["pretrian", "recipe=tiny_swav"], "did you mean pretrain?"),
+        (["eval", "kn"], "did you mean eval knn?"),
         (["report", "rum=x"], "unknown option rum; did you mean run"),
         (["report"], "run=… is missing"),
         (["pretrain", "recipe=tiny_swav"], "out=… is missing"),

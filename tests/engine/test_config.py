@@ -42,7 +42,7 @@ def test_overrides_reach_every_depth(config):
         ("optim.name", "lars", "optim.name: .*'larc', 'sgd' or 'adamw'"),
         ("precision", "fp8", "precision"),
         ("steps", "0", "exactly one of steps and epochs"),
-        ("zero_stage", "3", "zero_stage"),
+        ("zero_stage", "3", "zero_stage: .*less than or equal to 2.*got 3"),
     ],
 )
 def test_mistakes_are_named(config, key, value, words):
