@@ -42,7 +42,7 @@ def choose(op, impls, backend, *args):
 
     Asked by name (`backend`, else the environment's FUSEER_BACKEND) it is that one or an error: ValueError for a name that is no
     backend, RuntimeError with the reason where it cannot run. Unasked it is the first of `impls` that can, and each one passed
-    over is named once, with its reason, in the log fuseer.kernels.
+    over is named once, with its reason, in the log fuseer.kernels: a warning where only the reference is left, else information.
     """
     asked = os.environ.get("FUSEER_BACKEND") or None if backend is None else backend
     if asked is not None and asked not in BACKENDS:
@@ -69,7 +69,7 @@ def _tell(op, name, reasons):
         key = (op, name, reason.partition(":")[0])
         if key not in _passed_over:
             _passed_over.add(key)
-            _LOG.warning("%s: runs on %s (%s)", op, name, reason)
+            _LOG.log(logging.WARNING if name == "reference" else logging.INFO, "%s: runs on %s (%s)", op, name, reason)
 
 
 def group_name(op, group):

@@ -12,12 +12,13 @@ from fuseer.kernels.dispatch import compute_dtype
 class Case:
     """One set of inputs: `build(generator)` makes the op's keyword arguments in the order of reference.py, tensors in float64.
 
-    `production` marks the shapes that training meets: benchmarks run those, tests the others.
+    `production` marks the shapes that training meets: benchmarks run those, in `dtype`; tests run the others, in every dtype.
     """
 
     name: str
     build: Callable
     production: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ CASES = (
     Case("swav_64", _cosines(64, 3000), production=True),
     Case("swav_512", _cosines(512, 3000), production=True),
     Case("swav_4096", _cosines(4096, 3000), production=True),
+    Case("seer_512", _cosines(512, 16384, iterations=10), production=True),
     Case("demo_128", _cosines(128, 100), production=True),
 )
 

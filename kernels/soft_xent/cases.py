@@ -34,7 +34,7 @@ CASES = (
     Case("sharpened", _case(9, 21, weights=True, target_temperature=0.07)),
     Case("logits_of_300", _case(12, 40, scale=100.0)),
     Case("swav_64", _case(64, 3000), production=True),
-    Case("dino_64", _case(64, 65536, center=True, target_temperature=0.04), production=True),
+    Case("dino_640", _case(640, 65536, center=True, target_temperature=0.04), production=True, dtype=torch.bfloat16),
 )
 
 

@@ -7,39 +7,51 @@ from fuseer.kernels import checks, dispatch
 from fuseer.kernels.soft_xent import reference
 
 IMPLS = (reference,)
-ARGS = "Tensor logits, Tensor target, float temperature, Tensor? weights, Tensor? target_center, float? target_temperature"
+OPTIONS = "float temperature, Tensor? weights, Tensor? target_center, float? target_temperature"
 
 
 def _fake(logits, target, temperature, weights, target_center, target_temperature):
-    return torch.empty(logits.shape[:1], dtype=dispatch.compute_dtype(logits.dtype), device=logits.device)
+    loss = torch.empty(logits.shape[:1], dtype=dispatch.compute_dtype(logits.dtype), device=logits.device)
+    return loss, loss.new_empty((logits.shape[0], 4))
 
 
-def _fake_backward(dloss, logits, target, temperature, weights, target_center, target_temperature):
+def _fake_backward(dloss, logits, target, statistics, temperature, weights, target_center, target_temperature):
     return logits.new_empty(logits.shape)
 
 
-RAW = dispatch.register("soft_xent", f"({ARGS}) -> Tensor", _fake, reference=dispatch.widened(reference.soft_xent))
+def _reference_backward(dloss, logits, target, statistics, temperature, weights, target_center, target_temperature):
+    options = (temperature, weights, target_center, target_temperature)
+    return dispatch.differentiated(reference.soft_xent)(dloss, logits, target, *options)
+
+
+RAW = dispatch.register(
+    "soft_xent",
+    f"(Tensor logits, Tensor target, {OPTIONS}) -> (Tensor loss, Tensor statistics)",
+    _fake,
+    reference=dispatch.widened(reference.forward),
+)
 RAW_BACKWARD = dispatch.register(
     "soft_xent_backward",
-    f"(Tensor dloss, {ARGS}) -> Tensor",
+    f"(Tensor dloss, Tensor logits, Tensor target, Tensor statistics, {OPTIONS}) -> Tensor",
     _fake_backward,
-    reference=dispatch.differentiated(reference.soft_xent),
+    reference=_reference_backward,
 )
 
 
 class _SoftXent(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, logits, target, temperature, weights, target_center, target_temperature):
-        ctx.save_for_backward(logits, target, weights, target_center)
+        loss, statistics = RAW[backend](logits, target, temperature, weights, target_center, target_temperature)
+        ctx.save_for_backward(logits, target, statistics, weights, target_center)
         ctx.backend, ctx.temperatures = backend, (temperature, target_temperature)
-        return RAW[backend](logits, target, temperature, weights, target_center, target_temperature)
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
-        logits, target, weights, target_center = ctx.saved_tensors
+        *rows, weights, target_center = ctx.saved_tensors
         temperature, target_temperature = ctx.temperatures
-        dlogits = RAW_BACKWARD[ctx.backend](dloss, logits, target, temperature, weights, target_center, target_temperature)
+        dlogits = RAW_BACKWARD[ctx.backend](dloss, *rows, temperature, weights, target_center, target_temperature)
         return None, dlogits, None, None, None, None, None
 
 

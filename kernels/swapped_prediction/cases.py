@@ -36,6 +36,7 @@ CASES = (
     Case("scores_of_100", _case(3, 12, 10, scale=100.0)),
     Case("swav_64", _case(8, 64, 3000), production=True),
     Case("swav_64_queue", _case(8, 64, 3000, q=480), production=True),
+    Case("swav_256", _case(8, 256, 3000), production=True),
     Case("demo_128", _case(6, 128, 100), production=True),
 )
 

@@ -10,35 +10,40 @@ IMPLS = (reference,)
 
 
 def _fake(scores, queue_scores, assign, epsilon, iterations, temperature, group_name):
-    dtype = dispatch.compute_dtype(scores.dtype)
-    potentials = torch.empty((len(assign), 1, scores.shape[2]), dtype=dtype, device=scores.device)
-    return potentials.new_empty(()), potentials, potentials.new_empty(())
+    V, B, K = scores.shape
+    loss = torch.empty((), dtype=dispatch.compute_dtype(scores.dtype), device=scores.device)
+    return loss, loss.new_empty((len(assign), K)), loss.new_empty((V + len(assign), B, 2)), loss.new_empty(())
 
 
-def _fake_backward(dloss, scores, potentials, scale, assign, epsilon, temperature):
+def _fake_backward(dloss, scores, potentials, statistics, scale, assign, epsilon, temperature):
     return scores.new_empty(scores.shape)
+
+
+def _reference_backward(dloss, scores, potentials, statistics, scale, assign, epsilon, temperature):
+    return dispatch.differentiated(reference.swapped_cross_entropy)(dloss, scores, potentials, scale, assign, epsilon, temperature)
 
 
 RAW = dispatch.register(
     "swapped_prediction",
     "(Tensor scores, Tensor? queue_scores, int[] assign, float epsilon, int iterations, float temperature, str group_name)"
-    " -> (Tensor loss, Tensor potentials, Tensor scale)",
+    " -> (Tensor loss, Tensor potentials, Tensor statistics, Tensor scale)",
     _fake,
     reference=dispatch.widened(reference.forward),
 )
 RAW_BACKWARD = dispatch.register(
     "swapped_prediction_backward",
-    "(Tensor dloss, Tensor scores, Tensor potentials, Tensor scale, int[] assign, float epsilon, float temperature) -> Tensor",
+    "(Tensor dloss, Tensor scores, Tensor potentials, Tensor statistics, Tensor scale, int[] assign, float epsilon, float temperature)"
+    " -> Tensor",
     _fake_backward,
-    reference=dispatch.differentiated(reference.swapped_cross_entropy),
+    reference=_reference_backward,
 )
 
 
 class _SwappedPrediction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, scores, queue_scores, assign, epsilon, iterations, temperature, group_name):
-        loss, potentials, scale = RAW[backend](scores, queue_scores, assign, epsilon, iterations, temperature, group_name)
-        ctx.save_for_backward(scores, potentials, scale)
+        loss, *kept = RAW[backend](scores, queue_scores, assign, epsilon, iterations, temperature, group_name)
+        ctx.save_for_backward(scores, *kept)
         ctx.backend, ctx.options = backend, (assign, epsilon, temperature)
         return loss
 

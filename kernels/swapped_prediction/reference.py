@@ -3,6 +3,7 @@
 import torch
 
 from fuseer.kernels.sinkhorn.reference import column_potentials
+from fuseer.kernels.soft_xent.reference import max_and_log_sum
 
 
 def swapped_prediction(scores, queue_scores, assign, epsilon, iterations, temperature, group_name):
@@ -12,24 +13,30 @@ def swapped_prediction(scores, queue_scores, assign, epsilon, iterations, temper
 
 
 def forward(scores, queue_scores, assign, epsilon, iterations, temperature, group_name):
-    """The loss with what its gradient needs, so that the backward pass neither iterates nor communicates."""
+    """The loss with what its gradient needs, so that the backward pass neither iterates, nor reduces, nor communicates.
+
+    potentials [A, K]; statistics [V + A, B, 2]: maximum and log-sum of every row of scores/temperature, then of every assign
+    crop's row of scores/epsilon + potentials; scale [].
+    """
     potentials, scale = potentials_and_scale(scores, queue_scores, assign, epsilon, iterations, group_name)
-    return swapped_cross_entropy(scores, potentials, scale, assign, epsilon, temperature), potentials, scale
+    loss = swapped_cross_entropy(scores, potentials, scale, assign, epsilon, temperature)
+    rows = torch.cat([scores / temperature, scores[list(assign)] / epsilon + potentials[:, None]])
+    return loss, potentials, max_and_log_sum(rows), scale
 
 
 @torch.no_grad()
 def potentials_and_scale(scores, queue_scores, assign, epsilon, iterations, group_name):
-    """Sinkhorn's column potentials [A, 1, K] over queue and own rows of the assign crops; scale = W / max(1, sum over ranks of B)."""
+    """Sinkhorn's column potentials [A, K] over queue and own rows of the assign crops; scale = W / max(1, sum over ranks of B)."""
     rows = scores[list(assign)]
     if queue_scores is not None:
         rows = torch.cat([queue_scores, rows], dim=1)
     potentials, (count, ranks) = column_potentials(rows, epsilon, iterations, group_name, (scores.shape[1], 1))
-    return potentials, ranks / count.clamp(min=1)
+    return potentials.squeeze(1), ranks / count.clamp(min=1)
 
 
 def swapped_cross_entropy(scores, potentials, scale, assign, epsilon, temperature):
     """Each crop v is charged once, against the sum of the codes of the assign crops other than v."""
-    codes = (scores[list(assign)].detach() / epsilon + potentials).softmax(-1)
+    codes = (scores[list(assign)].detach() / epsilon + potentials[:, None]).softmax(-1)
     loss = scores.new_zeros(())
     for v, log_p in enumerate((scores / temperature).log_softmax(-1).unbind()):
         targets = [codes[a] for a, i in enumerate(assign) if i != v]
