@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 100000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo demo-long test lint bench setup clean
+.PHONY: demo demo-long test test-gpu lint bench setup clean
 
 demo: setup
 	$(BIN)/fuseer demo
@@ -22,10 +22,18 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 
-bench: setup
-	$(BIN)/python benchmarks/kernels/sinkhorn.py --compile
-	$(BIN)/python benchmarks/kernels/swapped_prediction.py
-	$(BIN)/python benchmarks/report.py
+# DEVICE=cuda measures the GPU
+DEVICE ?= cpu
+bench: $(VENV)/.bench
+	$(BIN)/fuseer bench device=$(DEVICE)
+	$(BIN)/fuseer bench sweep device=$(DEVICE)
+	$(BIN)/fuseer bench step device=$(DEVICE)
+	$(BIN)/fuseer bench report
+
+# on a machine with a GPU every case of every op runs there too
+test-gpu: setup
+	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make test-gpu: torch finds no CUDA device')"
+	$(BIN)/python -m pytest tests/kernels
 
 setup: $(STAMP)
 
@@ -37,6 +45,11 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp cs
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[engine,dali-cu13,dev]"
 	@$(BIN)/python -c "from fuseer.kernels import extension; print(extension.reason() or 'fuseer.kernels._C is built')"
 	touch $(STAMP)
+
+# what the benchmarks compare with
+$(VENV)/.bench: $(STAMP)
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[bench]"
+	touch $(VENV)/.bench
 
 clean:
 	rm -rf build *.egg-info kernels/_C*.so

@@ -1,21 +1,24 @@
-"""How do measured results get into the README?
+"""How do measured results get into README.md and docs?
 
-python benchmarks/report.py [demo=RUN_FOLDER] [demo-long=RUN_FOLDER]
+python -m benchmarks.report [demo=RUN_FOLDER] [demo-long=RUN_FOLDER]
 
-The kernel table takes the newest run of every results/<op>.jsonl; a run folder named here is first condensed to results/<name>.json.
-What stands between the markers in README.md is replaced and never typed by hand.
+A run folder named here is first condensed to results/<name>.json. What stands between the markers of README.md and docs/benchmarks.md is
+replaced and never typed by hand; docs/speed.png is drawn from results/sweep.jsonl.
 """
 
 import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks import measure
+from benchmarks.run import OPS, part
+
+ROOT = measure.ROOT
 DEMOS = {"demo": "make demo", "demo-long": "make demo-long"}
+COLUMNS = ("ours", "eager", "compile", "third party")
 
 
-def condense(name: str, run: Path) -> None:
+def condense(name: str, run: Path, results: Path) -> None:
     """results/<name>.json: the kNN rows of a run, its training seconds, and the machine."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seconds = max(record["seconds"] for record in records if record["kind"] == "train")
@@ -23,11 +26,13 @@ def condense(name: str, run: Path) -> None:
     kept = {key: environment[key] for key in ("started", "device", "ranks", "threads", "python", "packages")}
     kept["cores"] = environment["host"]["cores"]
     found = {**json.loads((run / "eval" / "knn.json").read_text()), "training_seconds": seconds, **kept}
-    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+    (results / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
-def demo_table() -> str:
-    found = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in DEMOS if (RESULTS / f"{name}.json").exists()}
+def demo_table(results: Path) -> str:
+    found = {name: json.loads((results / f"{name}.json").read_text()) for name in DEMOS if (results / f"{name}.json").exists()}
+    if not found:
+        return ""
     names = [row["name"] for row in next(iter(found.values()))["rows"]]
     lines = ["| weighted kNN, k = 20 | " + " | ".join(f"`{DEMOS[name]}`" for name in found) + " |", "|---|" + "---|" * len(found)]
     for number, row in enumerate(names):
@@ -40,36 +45,146 @@ def demo_table() -> str:
     return "\n".join(lines + [f"| {what} | " + " | ".join(values) + " |" for what, values in facts.items()])
 
 
-def kernel_table() -> str:
-    lines = ["| op | case | program | median, ms | speed-up | share of the copy floor |", "|---|---|---|---|---|---|"]
-    machine = ""
-    for path in sorted(RESULTS.glob("*.jsonl")):
-        newest: dict[tuple[str, str], dict] = {}
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            newest[row["case"], row["program"]] = row
-        for row in newest.values():
-            numbers = f"{row['p50_ms']:.2f} | {row['speedup']:.2f} | {row['of_floor']:.0%}"
-            lines.append(f"| {row['op']} | {row['case']} | {row['program']} | {numbers} |")
-            machine = f"{row['device']}, {row['instruction_set']}, {row['threads']} threads, torch {row['torch']}, {row['date']}"
-    remark = f"Medians of interleaved calls in one run; {machine}. The floor is the time to copy the bytes that must move."
-    return "\n".join([*lines, "", remark])
+def kernel_rows(results: Path) -> list[dict]:
+    """The stored rows of the production cases that exist today, in the order of cases.py."""
+    found = []
+    for op in OPS:
+        stored = measure.load(results / f"{op}.jsonl")
+        for case in (case.name for case in part(op, "cases").CASES if case.production):
+            found += [row for row in stored if row["case"] == case]
+    return found
+
+
+def grouped(rows: list[dict], *keys: str) -> list[list[dict]]:
+    """The rows in groups that agree in `keys`, groups and rows in order of appearance."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return list(groups.values())
+
+
+def fastest(rows: list[dict], kind: str) -> dict | None:
+    """The preferred program among ours, the fastest of the other kinds; None where there is none."""
+    found = [row for row in rows if row["kind"] == kind and (kind != "ours" or row["preferred"])]
+    return min(found, key=lambda row: row["p50_ms"], default=None)
+
+
+def kernel_table(rows: list[dict]) -> str:
+    """One line per case and one table per machine: what dispatch runs, beside what it has to beat."""
+    parts = []
+    for machine in grouped(rows, "device", "threads"):
+        lines = [
+            "| op | case | shape | dtype | ours, ms | eager, ms | compile, ms | third party, ms | speed-up | extra memory, MB (eager) "
+            "| of the floor | bound by |",
+            "|---" * 12 + "|",
+        ]
+        for case in grouped(machine, "op", "case"):
+            ours, eager, compiled, third = (fastest(case, kind) for kind in COLUMNS)
+            memory = " ".join((_megabytes(ours), f"({_megabytes(eager)})"))
+            cells = [_time(ours), *(_time(row) for row in (eager, compiled, third)), f"**{ours['speedup']:.2g}×**", memory]
+            start = [f"`{ours['op']}`", ours["case"], ours["shape"], ours["dtype"]]
+            lines.append("| " + " | ".join([*start, *cells, f"{ours['of_floor']:.0%}", ours["bound"]]) + " |")
+        parts.append("\n".join([*lines, "", _remark(machine)]))
+    return "\n\n".join(parts)
+
+
+def _time(row: dict | None) -> str:
+    if row is None:
+        return "–"
+    name = f" ({row['program']})" if row["kind"] in ("ours", "third party") else ""
+    return f"{row['p50_ms']:.3g}{name}"
+
+
+def _megabytes(row: dict | None) -> str:
+    return "–" if row is None or row["extra_mb"] is None else f"{row['extra_mb']:.3g}"
+
+
+def on_machine(rows: list[dict]) -> str:
+    """Machine, versions, commits and dates of the rows, in one line."""
+    commits = sorted({row["commit"] + ("+changes" if row["dirty"] else "") for row in rows})
+    dates = sorted({row["date"][:10] for row in rows})
+    row = rows[-1]
+    versions = ", ".join(f"{name} {row[name]}" for name in ("torch", "triton", "lightly") if row[name] != "absent")
+    cores = ", ".join(f"{row[name]} {name if row[name] > 1 else name[:-1]}" for name in ("cores", "threads"))
+    days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    return f"{row['device']}, {row['instruction_set']}, {cores}; {versions}; commit {', '.join(commits)}; {days}"
+
+
+def _remark(rows: list[dict]) -> str:
+    row = rows[-1]
+    speeds = f"{row['copy_gb_s']:g} GB/s copied"
+    if "fma_g_s" in row:
+        speeds += f", {row['fma_g_s']:g} G multiply-adds/s"
+    return (
+        "Medians of calls that take turns in one process; losses with their backward pass; speed-up over the faster of eager and "
+        "compile; extra memory is the peak above the inputs, results included; the floor is the longer of a copy of the bytes that "
+        f"must move and the arithmetic that must be done. {on_machine(rows)}; {speeds}. [How it is measured](docs/benchmarks.md)."
+    )
+
+
+def all_programs(rows: list[dict]) -> str:
+    """Every program of every case, with quantiles and operator counts."""
+    parts = []
+    for machine in grouped(rows, "device", "threads"):
+        head = "| op | case | program | p20 | p50 | p80, ms | speed-up | extra memory, MB | operations | of the floor | control p90/p10 |"
+        lines = [head, "|---" * 11 + "|"]
+        for row in machine:
+            times = " | ".join(f"{row[f'{name}_ms']:.3g}" for name in ("p20", "p50", "p80"))
+            counted = "–" if row["operations"] is None else row["operations"]
+            tail = f"{row['speedup']:.2g} | {_megabytes(row)} | {counted} | {row['of_floor']:.0%} | {row['control_spread']:.2f}"
+            lines.append(f"| {row['op']} | {row['case']} | {row['program']} | {times} | {tail} |")
+        parts.append("\n".join([*lines, "", on_machine(machine) + "."]))
+    return "\n\n".join(parts)
+
+
+def step_table(rows: list[dict]) -> str:
+    parts = []
+    for machine in grouped(rows, "device", "threads"):
+        lines = ["| training step | scores | loss by | step, ms | its loss alone, ms | share of the loss | step against official |"]
+        lines.append("|---" * 7 + "|")
+        for row in machine:
+            numbers = f"{row['p50_ms']:.4g} | {row['loss_ms']:.3g} | {row['loss_share']:.1%} | {row['ratio']:.3f}"
+            lines.append(f"| {row['case']}: {row['told']} | {row['shape']} | {row['program']} | {numbers} |")
+        parts.append("\n".join([*lines, "", on_machine(machine) + "."]))
+    return "\n\n".join(parts)
 
 
 def fill(text: str, marker: str, content: str) -> str:
-    before, _, rest = text.partition(f"<!-- {marker} -->")
-    _, _, after = rest.partition(f"<!-- end {marker} -->")
-    return f"{before}<!-- {marker} -->\n{content}\n<!-- end {marker} -->{after}"
+    """`text` with what stands between <!-- marker --> and <!-- end marker --> replaced; as it was where there is nothing to say."""
+    if not content:
+        return text
+    before, begin, rest = text.partition(f"<!-- {marker} -->")
+    _, end, after = rest.partition(f"<!-- end {marker} -->")
+    if not (begin and end):
+        raise ValueError(f"report: the text holds no <!-- {marker} --> … <!-- end {marker} -->")
+    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
-def main() -> None:
-    for word in sys.argv[1:]:
+def write(root: Path = ROOT) -> None:
+    """README.md, docs/benchmarks.md and docs/speed.png of the checkout `root` from its benchmarks/results."""
+    results, readme, details = root / "benchmarks" / "results", root / "README.md", root / "docs" / "benchmarks.md"
+    rows = kernel_rows(results)
+    swept = measure.load(results / "sweep.jsonl")
+    if swept:
+        # matplotlib is an extra, and whoever only fills a text does not need it
+        from benchmarks.plot import draw
+
+        draw(grouped(swept, "device", "threads")[-1], root / "docs" / "speed.png", on_machine)
+    picture = "\n\n![Time against the number of prototypes and of rows](docs/speed.png)" if (root / "docs" / "speed.png").exists() else ""
+    text = fill(readme.read_text(encoding="utf-8"), "demo", demo_table(results))
+    readme.write_text(fill(text, "kernels", kernel_table(rows) + picture if rows else ""), encoding="utf-8")
+    text = fill(details.read_text(encoding="utf-8"), "programs", all_programs(rows))
+    details.write_text(fill(text, "steps", step_table(measure.load(results / "step.jsonl"))), encoding="utf-8")
+
+
+def main(words: list[str]) -> None:
+    for word in words:
         name, _, run = word.partition("=")
-        condense(name, Path(run))
-    readme = ROOT / "README.md"
-    text = fill(readme.read_text(), "demo", demo_table())
-    readme.write_text(fill(text, "kernels", kernel_table()))
+        if name not in DEMOS or not run:
+            raise ValueError(f"report: give {' or '.join(f'{name}=RUN_FOLDER' for name in DEMOS)}; got {word}")
+        condense(name, Path(run), measure.RESULTS)
+    write()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

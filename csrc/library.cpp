@@ -2,8 +2,13 @@
 #include "library.h"
 
 #include <ATen/Version.h>
+#include <ATen/ops/empty.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace fuseer {
 
@@ -19,12 +24,32 @@ at::Tensor all_reduce(const at::Tensor& tensor, const char* reduction, const std
   return stack.back().toTensor();
 }
 
+at::Tensor result(at::IntArrayRef sizes, at::ScalarType type) {
+  at::Tensor out = at::empty(sizes, type);
+#if defined(__linux__)
+  constexpr uintptr_t page = 4096, huge = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(out.const_data_ptr()), first = (begin + page - 1) / page * page;
+  if (out.nbytes() >= 4 * huge) {
+    madvise(reinterpret_cast<void*>(first), (begin + out.nbytes() - first) / page * page, MADV_HUGEPAGE);
+  }
+#endif
+  return out;
+}
+
 }  // namespace fuseer
 
 TORCH_LIBRARY_IMPL(fuseer, CPU, m) {
   m.impl("sinkhorn.cpu", [](const at::Tensor& scores, double epsilon, int64_t iterations, std::string group_name) {
     return fuseer::sinkhorn_cpu(scores, epsilon, iterations, group_name);
   });
+  m.impl("swapped_prediction.cpu",
+         [](const at::Tensor& scores, const std::optional<at::Tensor>& queue_scores, at::IntArrayRef assign, double epsilon,
+            int64_t iterations, double temperature, std::string group_name) {
+           return fuseer::swapped_prediction_cpu(scores, queue_scores, assign, epsilon, iterations, temperature, group_name);
+         });
+  m.impl("swapped_prediction_backward.cpu", fuseer::swapped_prediction_backward_cpu);
+  m.impl("soft_xent.cpu", fuseer::soft_xent_cpu);
+  m.impl("soft_xent_backward.cpu", fuseer::soft_xent_backward_cpu);
 }
 
 PYBIND11_MODULE(_C, m) {

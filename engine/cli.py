@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ fuseer: self-supervised pretraining of vision models
   fuseer pretrain recipe=NAME out=FOLDER [data=FOLDER] [resume=true] [key.path=value …]
   fuseer eval knn run=FOLDER                      weighted kNN of a run's backbone, beside its initialisation and raw pixels
   fuseer report run=FOLDER                        write FOLDER/report.html
+  fuseer bench [OP|sweep|step|report] [device=cpu|cuda] [repeats=N] [threads=N] [case=NAME]
+                                                  time the ops beside what they have to beat (in a checkout only)
 
 On several accelerators or processes:
   deepspeed --num_accelerators 2 --module fuseer.engine.train recipe=NAME out=FOLDER …
@@ -53,6 +56,8 @@ def _dispatch(arguments: list[str]) -> int:
     if not words or words[0] in ("help", "-h", "--help"):
         print(USAGE)
         return 0
+    if words[0] == "bench":
+        return _bench(arguments[arguments.index("bench") + 1 :])
     commands = {"demo": _demo, "doctor": _doctor, "recipes": _recipes, "pretrain": _pretrain, "eval knn": _eval_knn, "report": _report}
     name = " ".join(words)
     if name not in commands:
@@ -162,6 +167,14 @@ def _report(options: dict[str, str]) -> int:
 
     print(write_report(Path(options["run"]).resolve()))
     return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    """Hands the words, `key=value` or `--key value`, to benchmarks/run.py, which stands beside engine/ in a checkout and in no wheel."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "benchmarks" / "run.py").is_file():
+        raise RuntimeError("bench: the benchmarks are not part of an installation; clone the repository and run make bench there")
+    return subprocess.run([sys.executable, "-m", "benchmarks.run", *arguments], cwd=checkout, check=False).returncode
 
 
 def _recipes(options: dict[str, str]) -> int:

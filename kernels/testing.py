@@ -78,17 +78,40 @@ def outputs(function, arguments, differentiable, seed=1):
     return found
 
 
-def verdicts(function, reference, case, dtype, differentiable=(), arguments=None):
+def eager_outputs(run, dtype, truth):
+    """The reference's outputs in the compute dtype of `dtype`, run(compute dtype), as error_vs_eager takes them.
+
+    In float64 the reference is the truth, and would allow nobody else a rounding of his own: there its error is taken to be that
+    of float32 times 8 eps(float64)/eps(float32); 8, because the truth is rounded as well, and one error may be luckily small.
+    """
+    if dtype != torch.float64:
+        return run(compute_dtype(dtype))
+    shrunk = 8 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    single = run(torch.float32)
+    return {name: x + (single[name].double() - x) * shrunk for name, x in truth.items()}
+
+
+def compared(function, reference, case, dtype, differentiable=(), arguments=None, device="cpu", seed=0):
+    """{output: (actual, eager, truth)} as error_vs_eager takes them; see verdicts."""
+    given = inputs(case, dtype, seed, device)
+    alone = {"group_name": ""} if "group_name" in reference.__code__.co_varnames else {}
+
+    def run(precision):
+        return outputs(reference, {**_cast(given, precision), **alone}, differentiable)
+
+    truth = run(torch.float64)
+    eager = eager_outputs(run, dtype, truth)
+    actual = outputs(function, given if arguments is None else arguments, differentiable)
+    return {name: (actual[name], eager[name], truth[name]) for name in truth}
+
+
+def verdicts(function, reference, case, dtype, differentiable=(), arguments=None, device="cpu"):
     """{output: Verdict} of `function` on the case in `dtype`, against `reference` (reference.py's function, autograd's gradient).
 
     `arguments` replaces what `function` alone is given: a mutation, which has to turn a verdict red.
     """
-    given = inputs(case, dtype)
-    alone = {"group_name": ""} if "group_name" in reference.__code__.co_varnames else {}
-    truth = outputs(reference, {**_cast(given, torch.float64), **alone}, differentiable)
-    eager = outputs(reference, {**_cast(given, compute_dtype(dtype)), **alone}, differentiable)
-    actual = outputs(function, given if arguments is None else arguments, differentiable)
-    return {name: error_vs_eager(actual[name], eager[name], truth[name]) for name in truth}
+    found = compared(function, reference, case, dtype, differentiable, arguments, device)
+    return {name: error_vs_eager(*three) for name, three in found.items()}
 
 
 def _cast(arguments, dtype):

@@ -26,7 +26,7 @@ GROUND = {
     "engine/evaluate/knn.py",
     *(f"engine/models/{name}.py" for name in ("norm", "heads")),
     *(f"engine/data/{name}.py" for name in ("view", "philox", "draw", "feed", "sources")),
-    *(f"kernels/{name}.py" for name in ("dispatch", "checks", "extension", "testing", "_tl")),
+    *(f"kernels/{name}.py" for name in ("dispatch", "checks", "extension", "testing", "_tl", "_potentials")),
 }
 # (importer, imported): why a sibling, or a floor above, may be imported all the same
 IMPORT_EXCEPTIONS = {
@@ -167,7 +167,7 @@ def private_files_stay_private(tree):
                 continue
             private = [index for index, part in enumerate(parts) if part.startswith("_")]
             own = private and Path(path).parent.parts == tuple(parts[1 : private[0]]) and private[0] > 2
-            shared = parts[2] == "_tl" and path.startswith("kernels/")
+            shared = parts[2] in ("_tl", "_potentials") and path.startswith("kernels/")
             library = parts[2] == "_C" and path == "kernels/extension.py"
             if private and not (own or shared or library):
                 found.append(f"{path}: imports {name}, private to its folder")
@@ -184,14 +184,14 @@ def rooms_are_imported_by_full_name(tree):
 
 
 def kernels_need_the_core_only(tree):
-    """fuseer.kernels runs on torch, triton, numpy; its tests add pytest and hypothesis."""
+    """fuseer.kernels runs on torch, triton, numpy; its tests add pytest, hypothesis, their own folder and tests/ranks.py."""
     found = []
     beside = {Path(path).stem for path in tree if path.startswith("tests/kernels/")}
     for room, extra in (("kernels", set()), ("tests/kernels", {"pytest", "hypothesis"} | beside)):
         for path, module in modules(tree, room):
             for name in imported(path, module):
                 top = name.split(".")[0]
-                if not (top in sys.stdlib_module_names | CORE | extra or name.startswith("fuseer.kernels")):
+                if not (top in sys.stdlib_module_names | CORE | extra or name.startswith(("fuseer.kernels", "tests.ranks."))):
                     found.append(f"{path}: imports {name}, beyond {', '.join(sorted(CORE | extra - beside))}")
     return found
 

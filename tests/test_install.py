@@ -70,13 +70,13 @@ def install(python, checkout, *what):
 
 def check_that_it_runs_on_reference(python, folder):
     told = run(python, "-c", PROGRAM, cwd=folder.parent, env=without_compiler(python.parent)).splitlines()
-    refused, library, reason, file, logged = told
+    refused, library, reason, file, *logged = told
     assert "sinkhorn: backend 'cpu' was asked for and cannot run" in refused
     assert "no C++ compiler: c++ is not on PATH" in refused
     assert library == "None"
     assert reason.startswith("the C++ extension was not built: no C++ compiler")
     assert Path(file).is_relative_to(folder)
-    assert logged.startswith("sinkhorn: runs on reference (cpu: the C++ extension was not built: no C++ compiler")
+    assert any(line.startswith("sinkhorn: runs on reference (cpu: the C++ extension was not built: no C++ compiler") for line in logged)
 
 
 def check_that_the_demo_trains(fuseer, folder):

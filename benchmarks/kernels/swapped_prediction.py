@@ -1,43 +1,20 @@
-"""What does one swapped prediction, forward and backward, cost beside SwAV's loop?
-
-python benchmarks/kernels/swapped_prediction.py [--threads N] [--repeats N]
-"""
-
-import argparse
-import sys
-from pathlib import Path
+"""What does swapped_prediction, forward and backward, have to beat, and what can nobody avoid?"""
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import measure
-
-from fuseer.kernels.functional import swapped_prediction
-from fuseer.kernels.swapped_prediction.cases import CASES, DIFFERENTIABLE
-from fuseer.kernels.swapped_prediction.reference import swapped_prediction as reference
-from fuseer.kernels.testing import inputs, verdicts
-
-
-@torch.no_grad()
-def official_codes(scores, epsilon, iterations):
-    plan = torch.exp(scores / epsilon).t()
-    plan /= plan.sum()
-    for _ in range(iterations):
-        plan /= plan.sum(1, keepdim=True)
-        plan /= plan.shape[0]
-        plan /= plan.sum(0, keepdim=True)
-        plan /= plan.shape[1]
-    plan *= plan.shape[1]
-    return plan.t()
+from benchmarks.kernels import sinkhorn
+from benchmarks.measure import Work
+from fuseer.kernels.swapped_prediction import cases
+from fuseer.kernels.testing import Case
 
 
 def official(scores, queue_scores, assign, epsilon, iterations, temperature):
     """SwAV's loop over assign crops and the other crops."""
     loss = 0
     for a, i in enumerate(assign):
-        rows = scores[i].detach() if queue_scores is None else torch.cat((queue_scores[a], scores[i].detach()))
-        codes = official_codes(rows, epsilon, iterations)[-scores.shape[1] :]
+        with torch.no_grad():
+            rows = scores[i].detach() if queue_scores is None else torch.cat((queue_scores[a], scores[i].detach()))
+            codes = sinkhorn.official(rows, epsilon, iterations)[-scores.shape[1] :]
         subloss = 0
         for v in range(len(scores)):
             if v != i:
@@ -46,34 +23,41 @@ def official(scores, queue_scores, assign, epsilon, iterations, temperature):
     return loss / len(assign)
 
 
-def step(function, arguments):
-    def program():
-        leaf = arguments["scores"].detach().requires_grad_()
-        function(**{**arguments, "scores": leaf}).backward()
+def third_party(arguments):
+    from lightly.loss.swav_loss import SwaVLoss
 
-    return program
+    # lightly assigns the first crops it is given, in order
+    if tuple(arguments["assign"]) != tuple(range(len(arguments["assign"]))):
+        return {}
+    module = SwaVLoss(arguments["temperature"], arguments["iterations"], arguments["epsilon"])
 
+    def loss(scores, queue_scores, assign, epsilon, iterations, temperature):
+        crops, assigned = list(scores), len(assign)
+        return module(crops[:assigned], crops[assigned:], None if queue_scores is None else list(queue_scores))
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=9)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    machine, bandwidth = measure.header(), measure.copy_bandwidth()
-    for case in CASES:
-        if not case.production:
-            continue
-        found = verdicts(swapped_prediction, reference, case, torch.float32, DIFFERENTIABLE)
-        if not all(found.values()):
-            raise SystemExit(f"swapped_prediction {case.name}: wrong, so not timed: {', '.join(map(str, found.values()))}")
-        arguments = inputs(case, torch.float32)
-        programs = {"official": step(official, arguments), "fuseer": step(swapped_prediction, arguments)}
-        seconds = measure.interleaved(programs, repeats=options.repeats)
-        floor = 2 * arguments["scores"].numel() * 4  # every score read once, every gradient written once
-        found = measure.rows("swapped_prediction", case.name, seconds, baseline="official", floor_s=floor / bandwidth, machine=machine)
-        measure.write("swapped_prediction", found)
+    return {"lightly": loss}
 
 
-if __name__ == "__main__":
-    main()
+def work(arguments):
+    """Two passes that keep nothing as large as the scores between them, since the loss is handed out before its gradient is asked for.
+
+    Each reads the scores once, the second writes the gradient; queue rows are read once. An exponential per score and pass, and one per
+    assigned row and pass for its code; multiply-adds of Sinkhorn on the assigned rows, of exponents, dot products and gradients.
+    """
+    scores, assigned = arguments["scores"], len(arguments["assign"])
+    V, B, K = scores.shape
+    Q = 0 if arguments["queue_scores"] is None else arguments["queue_scores"].shape[1]
+    own, codes, queue = V * B * K, assigned * B * K, assigned * Q * K
+    pairs = assigned * (V - 1) * B * K
+    return Work(
+        (3 * own + queue) * scores.element_size(),
+        2 * (own + codes) + queue,
+        (codes + queue) * 2 * arguments["iterations"] + 4 * own + 2 * pairs,
+    )
+
+
+def sweeps():
+    return {
+        "K": {k: Case(f"8x64x{k}", cases._case(8, 64, k)) for k in (256, 1024, 3000, 16384)},
+        "B": {b: Case(f"8x{b}x3000", cases._case(8, b, 3000)) for b in (16, 64, 256, 1024)},
+    }

@@ -3,9 +3,9 @@
 import torch
 
 from fuseer.kernels import checks, dispatch
-from fuseer.kernels.sinkhorn import _cpu, reference
+from fuseer.kernels.sinkhorn import _cpu, _triton, reference
 
-IMPLS = (_cpu, reference)
+IMPLS = (_triton, _cpu, reference)
 
 
 def _fake(scores, epsilon, iterations, group_name):
@@ -16,6 +16,7 @@ RAW = dispatch.register(
     "sinkhorn",
     "(Tensor scores, float epsilon, int iterations, str group_name) -> Tensor",
     _fake,
+    triton=_triton.forward,
     cpu=dispatch.COMPILED,
     reference=dispatch.widened(reference.sinkhorn),
 )

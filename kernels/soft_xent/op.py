@@ -4,9 +4,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fuseer.kernels import checks, dispatch
-from fuseer.kernels.soft_xent import reference
+from fuseer.kernels.soft_xent import _cpu, _triton, reference
 
-IMPLS = (reference,)
+IMPLS = (_triton, _cpu, reference)
 OPTIONS = "float temperature, Tensor? weights, Tensor? target_center, float? target_temperature"
 
 
@@ -28,12 +28,16 @@ RAW = dispatch.register(
     "soft_xent",
     f"(Tensor logits, Tensor target, {OPTIONS}) -> (Tensor loss, Tensor statistics)",
     _fake,
+    triton=_triton.forward,
+    cpu=dispatch.COMPILED,
     reference=dispatch.widened(reference.forward),
 )
 RAW_BACKWARD = dispatch.register(
     "soft_xent_backward",
     f"(Tensor dloss, Tensor logits, Tensor target, Tensor statistics, {OPTIONS}) -> Tensor",
     _fake_backward,
+    triton=_triton.backward,
+    cpu=dispatch.COMPILED,
     reference=_reference_backward,
 )
 

@@ -4,9 +4,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fuseer.kernels import checks, dispatch
-from fuseer.kernels.swapped_prediction import reference
+from fuseer.kernels.swapped_prediction import _cpu, _triton, reference
 
-IMPLS = (reference,)
+IMPLS = (_triton, _cpu, reference)
 
 
 def _fake(scores, queue_scores, assign, epsilon, iterations, temperature, group_name):
@@ -28,6 +28,8 @@ RAW = dispatch.register(
     "(Tensor scores, Tensor? queue_scores, int[] assign, float epsilon, int iterations, float temperature, str group_name)"
     " -> (Tensor loss, Tensor potentials, Tensor statistics, Tensor scale)",
     _fake,
+    triton=_triton.forward,
+    cpu=dispatch.COMPILED,
     reference=dispatch.widened(reference.forward),
 )
 RAW_BACKWARD = dispatch.register(
@@ -35,6 +37,8 @@ RAW_BACKWARD = dispatch.register(
     "(Tensor dloss, Tensor scores, Tensor potentials, Tensor statistics, Tensor scale, int[] assign, float epsilon, float temperature)"
     " -> Tensor",
     _fake_backward,
+    triton=_triton.backward,
+    cpu=dispatch.COMPILED,
     reference=_reference_backward,
 )
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from fuseer.engine import doctor
+from fuseer.engine import cli, doctor
 from fuseer.engine.cli import main
 from fuseer.engine.recipes.recipe import recipe_names
 
@@ -58,3 +58,16 @@ def test_doctor_recognises_the_other_apex(tmp_path, monkeypatch):
     (place / "RECORD").write_text("apex/__init__.py,,\napex/optimizers/__init__.py,,\n")
     assert next(row for row in doctor.findings() if row[0] == "apex")[1] == "0.9.10.dev0"
     assert "apex" not in sys.modules, "it is looked at, never imported"
+
+
+def test_bench_refuses_an_unknown_op_in_one_sentence(capfd):
+    assert main(["bench", "sinkhron"]) == 2
+    said = capfd.readouterr().err.strip()
+    assert said.startswith("fuseer: bench: choose one of") and said.endswith("got sinkhron") and "\n" not in said
+
+
+def test_bench_says_that_an_installation_has_no_benchmarks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "fuseer" / "engine" / "cli.py"))
+    assert main(["bench"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("fuseer: bench: the benchmarks are not part of an installation") and "\n" not in said

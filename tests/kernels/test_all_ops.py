@@ -1,60 +1,46 @@
-"""Does every op, on every backend and case, mean what its reference says, and live with autograd, opcheck and torch.compile?"""
+"""Does every op, on every backend, device, case and dtype, mean what its reference says, wherever its inputs lie in memory?"""
 
-import importlib
-import inspect
 import pkgutil
+import random
 from pathlib import Path
 
 import pytest
 import torch
+from grid import (
+    DEVICES,
+    DTYPES,
+    INTERPRETED,
+    LAYOUTS,
+    cases,
+    equal_rows,
+    first,
+    lengths,
+    over,
+    part,
+    poisoned_memory,
+    quick,
+    refusal,
+    resized,
+    telling,
+    trials,
+    with_tensors,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuseer.kernels import dispatch, functional
-from fuseer.kernels.testing import error_vs_eager, inputs, outputs, verdicts
+from fuseer.kernels.testing import Case, error_vs_eager, inputs
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def part(op, name):
-    return importlib.import_module(f"fuseer.kernels.{op}.{name}")
-
-
-def reference(op):
-    return getattr(part(op, "reference"), op)
-
-
-def raw_arguments(op, arguments):
-    """The raw op's arguments: reference.py's, in its order."""
-    return tuple({**arguments, "group_name": ""}[name] for name in inspect.signature(reference(op)).parameters)
-
-
-def backends(op, arguments):
-    """The backends that take these arguments, by name."""
-    found = []
-    for impl in part(op, "op").IMPLS:
-        name = dispatch.backend_of(impl)
-        if name == "reference" or impl.unsupported(*raw_arguments(op, arguments)) is None:
-            found.append(name)
-    return found
-
-
-def bound(op, backend):
-    return lambda **arguments: getattr(functional, op)(**arguments, backend=backend)
-
-
-def cases(op, production=False):
-    return [case for case in part(op, "cases").CASES if case.production == production]
-
-
-def told(op):
-    """The cases on which the op's mutation must show."""
-    return [case for case in cases(op) if case.name in part(op, "cases").TELLING]
-
-
-ALL = [pytest.param(op, case, id=f"{op}-{case.name}") for op in functional.__all__ for case in cases(op)]
-TELLING = [pytest.param(op, case, id=f"{op}-{case.name}") for op in functional.__all__ for case in told(op)]
+SINGLE_AND_HALF = (torch.float32, torch.bfloat16, torch.float16)
 OPS = pytest.mark.parametrize("op", functional.__all__)
+SOME_DTYPES = (torch.float32,) if INTERPRETED else DTYPES
+SWEEP = 9 if INTERPRETED else 300
+LONGEST = 12 if INTERPRETED else 40
+
+
+def red(found):
+    """The verdicts that do not hold, in words; '' where all hold."""
+    return "; ".join(f"{name}: {verdict}" for name, verdict in found.items() if not verdict)
 
 
 def test_every_folder_with_an_op_is_in_the_public_list():
@@ -62,26 +48,34 @@ def test_every_folder_with_an_op_is_in_the_public_list():
     assert sorted(folders) == sorted(functional.__all__)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("op", "case"), ALL)
-def test_verdict(op, case, dtype):
-    differentiable = part(op, "cases").DIFFERENTIABLE
-    arguments = inputs(case, dtype)
-    for backend in backends(op, arguments):
-        found = verdicts(bound(op, backend), reference(op), case, dtype, differentiable)
-        assert all(found.values()), f"{backend}: " + "; ".join(f"{name}: {verdict}" for name, verdict in found.items())
-        actual = outputs(bound(op, backend), arguments, differentiable)
-        assert actual["out"].dtype == dispatch.compute_dtype(dtype)
-        assert all(actual[f"d{name}"].dtype == dtype for name in differentiable)
+def test_every_op_has_cases_that_tell_and_trials_for_them():
+    for op in functional.__all__:
+        assert len(telling(op)) >= 2, op
+        assert {case.name for case in telling(op)} <= {case.name for case in cases(op)}
+    names = {trial.op for trial in trials()}
+    assert INTERPRETED or names == set(functional.__all__)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("op", "case"), TELLING)
-def test_verdict_sees_the_mutation(op, case, dtype):
-    arguments = part(op, "cases").mutated(inputs(case, dtype))
-    for backend in backends(op, arguments):
-        found = verdicts(bound(op, backend), reference(op), case, dtype, part(op, "cases").DIFFERENTIABLE, arguments)
-        assert not found["out"], f"{backend}: {found['out']}"
+@OPS
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_backend_takes_a_dtype_in_every_case_or_in_none(op, device):
+    for impl in part(op, "op").IMPLS:
+        taken = {}
+        for dtype in DTYPES:
+            reasons = {case.name: refusal(op, impl, inputs(case, dtype, device=device)) for case in cases(op)}
+            assert len({reason is None for reason in reasons.values()}) == 1, (dispatch.backend_of(impl), dtype, reasons)
+            taken[dtype] = None in reasons.values()
+        assert len({taken[dtype] for dtype in SINGLE_AND_HALF}) == 1, (dispatch.backend_of(impl), taken)
+
+
+@over(trials())
+def test_verdict(trial):
+    assert not red(trial.verdicts())
+
+
+@over(trials(chosen=telling))
+def test_verdict_sees_the_mutation(trial):
+    assert not trial.verdicts(part(trial.op, "cases").mutated(trial.arguments()))["out"]
 
 
 def test_verdict_refuses_nan_and_sees_half_an_error():
@@ -96,97 +90,89 @@ def test_verdict_refuses_nan_and_sees_half_an_error():
         error_vs_eager(eager, eager, truth * torch.inf)
 
 
-@pytest.mark.parametrize(("op", "case"), ALL)
-def test_memory_layout_does_not_matter(op, case):
-    arguments = inputs(case, torch.float32)
-    strided = {name: every_other(x) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
-    differentiable = part(op, "cases").DIFFERENTIABLE
-    for backend in backends(op, arguments):
-        found = verdicts(bound(op, backend), reference(op), case, torch.float32, differentiable, strided)
-        assert all(found.values()), f"{backend}: " + "; ".join(f"{name}: {verdict}" for name, verdict in found.items())
+@over(trials())
+def test_everything_the_raw_op_returns_is_the_references(trial):
+    actual, expected = trial.raw(), trial.but(backend="reference").raw()
+    assert not red(trial.raw_verdicts(actual))
+    for name, x in actual.items():
+        assert (x.dtype, x.shape, x.stride()) == (expected[name].dtype, expected[name].shape, expected[name].stride()), name
 
 
-def every_other(x):
-    """x in memory with its axes reversed and a stranger's NaN between any two values."""
-    wide = torch.full((*reversed(x.shape), 2), torch.nan, dtype=x.dtype)
-    view = wide[..., 0].permute(*reversed(range(x.dim())))
-    view.copy_(x)
-    return view
+@over(trials(SOME_DTYPES[:2], quick))
+def test_memory_layout_does_not_matter(trial):
+    for name, layout in LAYOUTS.items():
+        assert not red(trial.verdicts(with_tensors(trial.arguments(), layout))), name
 
 
-@pytest.mark.parametrize(("op", "case"), ALL)
-def test_opcheck(op, case):
-    module = part(op, "op")
-    for dtype in (torch.float32, torch.bfloat16):
-        arguments = inputs(case, dtype)
-        for layout in (lambda x: x, every_other):
-            raw = raw_arguments(op, {name: layout(x) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()})
-            for backend in backends(op, arguments):
-                torch.library.opcheck(module.RAW[backend], raw)
-                if hasattr(module, "RAW_BACKWARD"):
-                    torch.library.opcheck(module.RAW_BACKWARD[backend], backward_arguments(op, module, backend, raw))
+@over(trials(SOME_DTYPES[:2], first if INTERPRETED else telling))
+def test_rows_of_stride_zero(trial):
+    case = Case(trial.case.name, lambda generator: with_tensors(trial.case.build(generator), lambda x: equal_rows(x).contiguous()))
+    alike = trial.but(case=case)
+    assert not red(alike.verdicts(with_tensors(alike.arguments(), equal_rows)))
 
 
-def backward_arguments(op, module, backend, raw):
-    """The backward op's arguments, found by name among the forward's inputs and outputs."""
-    returned = module.RAW[backend](*raw)
-    returned = returned if isinstance(returned, tuple) else (returned,)
-    known = dict(zip((a.name for a in module.RAW[backend]._schema.arguments), raw, strict=True))
-    known.update(zip((r.name for r in module.RAW[backend]._schema.returns), returned, strict=True))
-    known["dloss"] = torch.ones_like(returned[0])
-    return tuple(known[a.name] for a in module.RAW_BACKWARD[backend]._schema.arguments)
+@over(trials(chosen=quick))
+def test_inputs_are_never_modified_and_outputs_have_their_dtype(trial):
+    arguments = with_tensors(trial.arguments(), LAYOUTS["inside"])
+    memory = [x._base for x in arguments.values() if isinstance(x, torch.Tensor)]
+    before = [x.clone() for x in memory]
+    actual = trial.outputs(arguments)
+    assert actual["out"].dtype == dispatch.compute_dtype(trial.dtype)
+    assert all(actual[f"d{name}"].dtype == trial.dtype for name in trial.differentiable)
+    assert {x.device.type for x in actual.values()} == {trial.device}
+    for x, was in zip(memory, before, strict=True):
+        torch.testing.assert_close(x, was, rtol=0, atol=0, equal_nan=True)
 
 
-@OPS
-def test_compiles_without_a_graph_break(op):
-    differentiable = part(op, "cases").DIFFERENTIABLE
-    for case in cases(op)[:2]:
-        arguments = inputs(case, torch.float32)
-        for backend in (None, *backends(op, arguments)):
-            torch._dynamo.reset()
-            compiled = torch.compile(bound(op, backend), fullgraph=True, backend="aot_eager")
-            eager = outputs(bound(op, backend), arguments, differentiable)
-            for name, x in outputs(compiled, arguments, differentiable).items():
-                assert torch.equal(x, eager[name]), (backend, name)
+@over(trials(SOME_DTYPES, quick))
+def test_every_output_is_written_and_every_call_gives_the_same_bits(trial):
+    """Also with memory that is NaN until it is written, and with torch.use_deterministic_algorithms."""
+    plain = {**trial.raw(), **trial.outputs()}
+    with poisoned_memory():
+        runs = [{**trial.raw(), **trial.outputs()} for _ in range(2)]
+    for run in [{**trial.raw(), **trial.outputs()}, *runs]:
+        for name, x in run.items():
+            assert not x.isnan().any(), name
+            assert torch.equal(x, plain[name]), name
 
 
-@OPS
-def test_gradients_flow_where_promised_and_nowhere_else(op):
-    differentiable = part(op, "cases").DIFFERENTIABLE
-    for case in cases(op):
-        arguments = {name: x.requires_grad_() if isinstance(x, torch.Tensor) else x for name, x in inputs(case, torch.float64).items()}
-        out = getattr(functional, op)(**arguments)
-        assert out.requires_grad == bool(differentiable)
-        if differentiable:
-            out.sum().backward()
-        for name, x in arguments.items():
-            if isinstance(x, torch.Tensor):
-                assert (x.grad is not None) == (name in differentiable), name
+@over(trials(chosen=first))
+def test_sweep_of_random_shapes(trial):
+    """Seeded, 300 shapes of up to 128 rows of 1024 over the single and half dtypes, each in the manner of one of the op's cases."""
+    draw, failures = random.Random(0), []
+    for number in range(SWEEP // len(SINGLE_AND_HALF)):
+        case = draw.choice(cases(trial.op))
+        rows, last = lengths(case)
+        sizes = {n: round(2 ** draw.uniform(0, 4 if INTERPRETED else 7)) for n in rows}
+        sizes |= {n: round(2 ** draw.uniform(0, 5 if INTERPRETED else 10)) for n in last}
+        drawn = trial.but(case=resized(case, sizes))
+        failures += [f"{number}: {drawn.case.name}: {words}" for words in [red(drawn.pooled_verdicts())] if words]
+    assert not failures, f"{len(failures)} of {number + 1} red\n" + "\n".join(failures)
 
 
-@OPS
-@settings(max_examples=25, deadline=None, database=None, derandomize=True)
-@given(data=st.data())
-def test_any_shape_and_stride(op, data):
-    case = data.draw(st.sampled_from(cases(op)))
-    letters = {name: x for name, x in inputs(case, torch.float32).items() if isinstance(x, torch.Tensor)}
-    axes = sorted({size for x in letters.values() for size in x.shape})
-    sizes = {size: data.draw(st.integers(1, 40)) if size > 4 else size for size in axes}
-    dtype = data.draw(st.sampled_from(DTYPES))
-    flipped = data.draw(st.booleans())
+@over(trials(dtypes=(torch.float32,), chosen=first))
+def test_any_shape_stride_and_dtype(trial):
+    taken = [trial.but(dtype=dtype) for dtype in DTYPES]
+    taken = [other for other in taken if other in trials(chosen=first)]
 
-    def build(generator):
-        made = case.build(generator)
-        for name in letters:
-            shape = [sizes[size] for size in made[name].shape]
-            made[name] = torch.rand(shape, dtype=torch.float64, generator=generator)
-            made[name] = every_other(made[name]) if flipped else made[name]
-        return made
+    @settings(max_examples=6 if INTERPRETED else 50, deadline=None, database=None, derandomize=True)
+    @given(data=st.data())
+    def check(data):
+        case = data.draw(st.sampled_from(cases(trial.op)), label="case")
+        rows, last = lengths(case)
+        sizes = {n: data.draw(st.integers(0, LONGEST), label=f"rows {n}") for n in rows}
+        sizes |= {n: data.draw(st.integers(1, LONGEST), label=f"last axis {n}") for n in last}
+        scale = data.draw(st.sampled_from([0.01, 1.0, 3.0]), label="scale")
+        drawn = data.draw(st.sampled_from(taken), label="trial").but(case=resized(case, sizes, scale))
+        strides = {name: data.draw(st.sampled_from([None, *LAYOUTS]), label=name) for name in drawn.arguments()}
+        assert not red(drawn.pooled_verdicts(lambda arguments: laid_out(arguments, strides)))
 
-    drawn = type(case)("drawn", build)
-    for backend in backends(op, inputs(drawn, dtype)):
-        found = verdicts(bound(op, backend), reference(op), drawn, dtype, part(op, "cases").DIFFERENTIABLE)
-        assert all(found.values()), f"{backend}: " + "; ".join(f"{name}: {verdict}" for name, verdict in found.items())
+    check()
+
+
+def laid_out(arguments, strides):
+    chosen = {name: LAYOUTS[strides[name]] for name, x in arguments.items() if strides[name] and isinstance(x, torch.Tensor)}
+    return {name: chosen[name](x) if name in chosen else x for name, x in arguments.items()}
 
 
 @OPS

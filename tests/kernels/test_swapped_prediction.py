@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from grid import DTYPES, of, over, trials, widest
 
 from fuseer.kernels.swapped_prediction import swapped_prediction
+from fuseer.kernels.testing import Case
+
+EVERY_BACKEND = over(widest("swapped_prediction"))
 
 FIRST = torch.tensor([[0.9, 0.1, -0.2], [0.8, 0.3, 0], [0.7, 0.2, 0.6], [0.1, 0.5, 0.4]], dtype=torch.float64)
 SECOND = torch.tensor([[0.7, 0, -0.1], [0.6, 0.4, 0.1], [0.5, 0.3, 0.5], [0.2, 0.4, 0.6]], dtype=torch.float64)
@@ -50,27 +54,21 @@ def test_chance_is_the_logarithm_of_k():
         assert abs(swapped_prediction(torch.full((4, 2, k), 0.3)).item() - value) < 1e-4
 
 
-@pytest.mark.parametrize("queue_rows", [None, 0, 12])
+@pytest.mark.parametrize("queue_rows", [None, 0, 1, 12])
 @pytest.mark.parametrize(("crops", "assign"), [(2, (0, 1)), (8, (0, 1)), (4, (2,)), (3, (2, 0, 1))])
 @pytest.mark.parametrize("options", [{}, {"epsilon": 0.03, "iterations": 1, "temperature": 0.5}, {"epsilon": 0.5, "iterations": 10}])
-def test_equals_the_official_loss(queue_rows, crops, assign, options):
+@over([trial for trial in widest("swapped_prediction") if trial.dtype == torch.float64])
+def test_equals_the_official_loss(trial, queue_rows, crops, assign, options):
     batch, prototypes = 6, 7
     queue = None if queue_rows is None else cosines(len(assign), queue_rows, prototypes, seed=5)
     output = cosines(crops * batch, prototypes).requires_grad_()
     expected = official_loss(output, batch, crops, assign, queue=queue, **options)
     (gradient,) = torch.autograd.grad(expected, output)
-    found = swapped_prediction(output.view(crops, batch, prototypes), assign=assign, queue_scores=queue, **options)
+    scores = output.view(crops, batch, prototypes).to(trial.device)
+    found = trial.call(scores=scores, assign=assign, queue_scores=None if queue is None else queue.to(trial.device), **options).cpu()
     (ours,) = torch.autograd.grad(found, output)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(ours, gradient, rtol=0, atol=1e-12 * gradient.abs().max().item())
-
-
-@pytest.mark.parametrize("queue_rows", [None, 4])
-def test_gradcheck_where_the_codes_stand_still(queue_rows):
-    """The assign crops are held fixed: the codes depend on them, and codes have no gradient."""
-    assigned, others = cosines(2, 3, 4), cosines(2, 3, 4, seed=1).requires_grad_()
-    queue = None if queue_rows is None else cosines(2, queue_rows, 4, seed=2)
-    assert torch.autograd.gradcheck(lambda x: swapped_prediction(torch.cat([assigned, x]), queue_scores=queue, temperature=0.7), others)
 
 
 def test_sample_major_scores_need_no_copy():
@@ -94,12 +92,84 @@ def test_no_rows_is_a_loss_of_zero_with_an_empty_gradient():
         assert gradient.shape == (3, 0, 4)
 
 
-def test_autocast_changes_nothing():
-    scores = cosines(3, 4, 5).float().requires_grad_()
-    plain = torch.autograd.grad(swapped_prediction(scores), scores)[0]
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = torch.autograd.grad(swapped_prediction(scores), scores)[0]
-    assert torch.equal(plain, inside)
+def extreme(name, change, *, shape=(3, 12, 10), queue=None, **options):
+    """A case of cosines that `change` has made awkward, queue included."""
+
+    def build(generator):
+        made = [2 * torch.rand(size, dtype=torch.float64, generator=generator) - 1 for size in (shape, (2, queue or 0, shape[2]))]
+        scores, queue_scores = (change(x) for x in made)
+        return {
+            "scores": scores,
+            "queue_scores": None if queue is None else queue_scores,
+            **{"assign": (0, 1), "epsilon": 0.05, "iterations": 3, "temperature": 0.1},
+            **options,
+        }
+
+    return Case(name, build)
+
+
+def column(value):
+    """Sets the first prototype's scores to a value."""
+    return lambda x: torch.cat([torch.full_like(x[..., :1], value), x[..., 1:]], -1)
+
+
+EXTREMES = (
+    extreme("spread", lambda x: x * 100, shape=(4, 40, 30)),
+    extreme("spread_queue", lambda x: x * 100, queue=7),
+    extreme("dead_prototype", column(-100.0)),
+    extreme("one_prototype_takes_all", column(100.0), queue=5),
+    extreme("constant", torch.zeros_like),
+    extreme("one_row", lambda x: x * 100, shape=(2, 1, 12)),
+    extreme("one_row_and_a_queue", lambda x: x, shape=(2, 1, 12), queue=30),
+    extreme("one_prototype", lambda x: x * 100, shape=(2, 12, 1), queue=3),
+    extreme("two_by_one_by_one", lambda x: x, shape=(2, 1, 1)),
+    extreme("many_iterations", lambda x: x, iterations=30),
+    extreme("one_temperature_for_all", lambda x: x, epsilon=1.0, temperature=1.0),
+)
+
+
+@over(trials(DTYPES, of("swapped_prediction", *EXTREMES)))
+def test_extremes(trial):
+    found = trial.verdicts()
+    assert all(found.values()), {name: str(verdict) for name, verdict in found.items()}
+    if trial.arguments()["scores"].shape[-1] == 1:
+        assert all((x == 0).all() for x in trial.outputs().values())
+
+
+@EVERY_BACKEND
+def test_nan_in_any_crop_is_a_loss_of_nan(trial):
+    for where in ((0, 1, 2), (2, 1, 2)):
+        scores = cosines(3, 4, 5)
+        scores[where] = torch.nan
+        assert trial.call(scores=scores.to(trial.device, trial.dtype)).isnan()
+    queue = cosines(2, 3, 5)
+    queue[1, 0, 0] = torch.nan
+    assert trial.call(scores=cosines(3, 4, 5).to(trial.device, trial.dtype), queue_scores=queue.to(trial.device, trial.dtype)).isnan()
+
+
+@EVERY_BACKEND
+def test_nan_in_the_gradient_is_where_the_reference_has_it(trial):
+    scores = cosines(4, 5, 6)
+    scores[3, 1, 2] = torch.nan
+    found = []
+    for backend in (trial, trial.but(backend="reference")):
+        leaf = scores.to(trial.device, trial.dtype).requires_grad_()
+        found.append(torch.autograd.grad(backend.call(scores=leaf), leaf)[0].isnan())
+    assert found[0].any()
+    assert torch.equal(*found)
+
+
+@EVERY_BACKEND
+def test_keeps_the_potentials_two_numbers_a_row_and_no_codes(trial):
+    arguments = trial.arguments()
+    arguments["scores"].requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        trial.call(**arguments)
+    crops, rows, prototypes = arguments["scores"].shape
+    a = len(arguments["assign"])
+    own = [x.numel() for x in kept if x.data_ptr() != arguments["scores"].data_ptr()]
+    assert sum(own) <= a * prototypes + 2 * (crops + a) * rows + 1
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from fuseer.engine.methods.method import Ground
 from fuseer.engine.methods.swav import SwAV, SwAVConfig
 from fuseer.engine.models.backbone import build_backbone
 from fuseer.engine.optim import build_optimizer, layout
-from tests.engine.ranks import on_ranks
+from tests.ranks import on_ranks
 
 STEPS, FREEZE, B = 10, 5, 12
 STAGES = {2: (0, 1, 2), 4: (2,)}

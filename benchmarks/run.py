@@ -1,0 +1,283 @@
+"""Which programs are timed on which cases? `fuseer bench` starts this file as python -m benchmarks.run.
+
+[op | sweep | step | report] [device=cpu|cuda] [repeats=N] [threads=N] [case=NAME] [compile=false] [store=false]
+"""
+
+import contextlib
+import functools
+import importlib
+import inspect
+import logging
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from benchmarks import measure
+from fuseer.kernels import dispatch, functional
+from fuseer.kernels.testing import inputs, outputs, verdicts
+
+OPS = sorted(path.stem for path in (Path(__file__).parent / "kernels").glob("*.py"))
+OTHERS = ("sweep", "step", "report")
+OPTIONS = {"device": "cpu", "repeats": "0", "threads": "0", "case": "", "compile": "true", "store": "true"}
+
+
+class Wrong(RuntimeError):
+    """A result that fails its verdict: it has no speed."""
+
+
+def part(op, name):
+    return importlib.import_module(f"fuseer.kernels.{op}.{name}")
+
+
+def reference(op):
+    return getattr(part(op, "reference"), op)
+
+
+def backends(op, arguments):
+    """The backends that take these arguments, the preferred one first."""
+    raw = tuple({**arguments, "group_name": ""}[name] for name in inspect.signature(reference(op)).parameters)
+    named = [(dispatch.backend_of(impl), impl) for impl in part(op, "op").IMPLS]
+    return [name for name, impl in named if name == "reference" or impl.unsupported(*raw) is None]
+
+
+def ours(op, backend):
+    return functools.partial(getattr(functional, op), backend=backend)
+
+
+def believe(op, case, device):
+    """Raises Wrong unless every backend that takes the case holds the verdict on it, at its very shape and dtype."""
+    differentiable = part(op, "cases").DIFFERENTIABLE
+    for backend in backends(op, inputs(case, case.dtype, device=device)):
+        found = verdicts(ours(op, backend), reference(op), case, case.dtype, differentiable, device=device)
+        for name, verdict in found.items():
+            if not verdict:
+                raise Wrong(f"{op} {case.name}: backend {backend} is wrong, so nothing is timed: {name} {verdict}")
+
+
+def scalar(out):
+    return out.mean() if out.dim() else out
+
+
+def same_function(op, case, name, function, arguments):
+    """Raises Wrong where a program that we compare ourselves with computes something else."""
+    differentiable = part(op, "cases").DIFFERENTIABLE
+    reduced = scalar if differentiable else torch.Tensor.clone
+    theirs = outputs(lambda **given: reduced(function(**given)).squeeze(), arguments, differentiable)
+    own = outputs(lambda **given: reduced(ours(op, "reference")(**given)).squeeze(), arguments, differentiable)
+    allowed = 1e-2 if case.dtype in dispatch.HALF else 1e-3
+    for output, value in own.items():
+        off = ((theirs[output] - value).double().norm() / value.double().norm()).item()
+        if not off <= allowed:
+            raise Wrong(f"{op} {case.name}: {name} is another function than {op}: {output} differs by {off:.1e} in rel-L2")
+
+
+def called(function, arguments, differentiable):
+    """One call as training makes it: with the backward pass where there is one."""
+    if not differentiable:
+        return lambda: function(**arguments)
+
+    def step():
+        leaves = {name: arguments[name].detach().requires_grad_() for name in differentiable}
+        scalar(function(**{**arguments, **leaves})).backward()
+
+    return step
+
+
+def graphed(program):
+    """`program` replayed as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            program()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        program()
+    return graph.replay
+
+
+def programs(op, case, arguments, device, with_compile):
+    """({name: program}, {name: kind}): the official formulation, its compiled forms, what is installed, and every backend of ours."""
+    module, differentiable = importlib.import_module(f"benchmarks.kernels.{op}"), part(op, "cases").DIFFERENTIABLE
+    functions, kinds = {"official": module.official}, {"official": "eager"}
+    for name, function in installed(module, arguments).items():
+        functions[name], kinds[name] = function, "third party"
+    for name, function in functions.items():
+        same_function(op, case, name, function, arguments)
+    if with_compile:
+        modes = {"compile": None, "reduce-overhead": "reduce-overhead"} if device != "cpu" else {"compile": None}
+        for name, mode in modes.items():
+            functions[name], kinds[name] = torch.compile(module.official, dynamic=False, mode=mode), "compile"
+    own = backends(op, arguments)
+    for name in own:
+        functions[name], kinds[name] = ours(op, name), "ours"
+    found = {name: called(function, arguments, differentiable) for name, function in functions.items()}
+    if device != "cpu":
+        found["graph"], kinds["graph"] = graphed(found[own[0]]), "ours"
+    found["copy"], kinds["copy"] = measure.copy_program(module.work(arguments).bytes, device), "floor"
+    return found, kinds
+
+
+def installed(module, arguments):
+    with warnings.catch_warnings(), contextlib.suppress(ModuleNotFoundError):
+        warnings.simplefilter("ignore")
+        return module.third_party(arguments)
+    _say_once("lightly is not installed, so no third-party program is timed: pip install lightly")
+    return {}
+
+
+@functools.cache
+def _say_once(text):
+    measure.say(text)
+
+
+def bench(op, cases, *, device="cpu", repeats=0, with_compile=True, with_memory=True):
+    """(rows, rejected cases' sentences) of the op on the cases: believed, timed, and then weighed."""
+    machine = {**measure.header(device), **measure.rates(device)}
+    seconds_of, control = measure.stopwatch(device), measure.control_loop(device)
+    work = importlib.import_module(f"benchmarks.kernels.{op}").work
+    found, kept, rejected = [], {}, []
+    for case in cases:
+        believe(op, case, device)
+        arguments = inputs(case, case.dtype, device=device)
+        timed, kinds = programs(op, case, arguments, device, with_compile)
+        counted = {name: measure.operations(run, device) for name, run in timed.items() if device != "cpu" or kinds[name] != "compile"}
+        rounds = measure.repeats_for(timed, seconds_of)
+        try:
+            timing = measure.timed(timed, control, repeats=repeats or rounds, seconds_of=seconds_of)
+        except measure.Rejected as error:
+            rejected.append(f"{op} {case.name}: rejected: {error}")
+            continue
+        told = {"case": case.name, "shape": _shape(arguments), "dtype": str(case.dtype).removeprefix("torch.")}
+        rows = measure.rows(op, told, timing, kinds=kinds, work=work(arguments), machine=machine)
+        preferred = backends(op, arguments)[0]
+        for row in rows:
+            row.update(preferred=row["program"] == preferred, operations=counted.get(row["program"]))
+            measure.say(_line(row))
+        found += rows
+        kept[case.name] = timed
+    for row in found if with_memory else ():
+        extra = measure.extra_memory(kept[row["case"]][row["program"]], device)
+        row["extra_mb"] = None if extra is None else round(extra / 1e6, 2)
+    return found, rejected
+
+
+def _shape(arguments):
+    tensors = {name: "×".join(map(str, x.shape)) for name, x in arguments.items() if isinstance(x, torch.Tensor)}
+    first, *rest = tensors.values()
+    queue = tensors.get("queue_scores")
+    return first if queue is None else f"{first} + {queue}"
+
+
+def _line(row):
+    quantiles = "  ".join(f"{name} {row[f'{name}_ms']:10.3f}" for name in ("p50", "p20", "p80"))
+    which = f"{row['op']:<19}{row['case']:<15}{row['program']:<16}"
+    return f"{which}{quantiles} ms  ×{row['speedup']:<7.3g}{row['of_floor']:6.1%} of the {row['bound']} floor"
+
+
+def sweep(options):
+    """Every op that has sweeps, along each letter; times only."""
+    failed = []
+    for op in OPS:
+        for letter, cases in importlib.import_module(f"benchmarks.kernels.{op}").sweeps().items():
+            sizes = {case.name: size for size, case in cases.items()}
+            found, rejected = bench(op, list(cases.values()), device=options["device"], repeats=int(options["repeats"]), with_memory=False)
+            for row in found:
+                row.update(sweep=letter, size=sizes[row["case"]])
+            failed += rejected
+            if found and options["store"] == "true":
+                measure.store("sweep", found, place=("op", "sweep", "device", "threads"))
+    return failed
+
+
+def one_op(op, options):
+    wanted = [case for case in part(op, "cases").CASES if case.production and options["case"] in ("", case.name)]
+    if not wanted:
+        names = ", ".join(case.name for case in part(op, "cases").CASES if case.production)
+        raise ValueError(f"bench {op}: case must be one of {names}; got {options['case']}")
+    with_compile = options["compile"] == "true"
+    found, rejected = bench(op, wanted, device=options["device"], repeats=int(options["repeats"]), with_compile=with_compile)
+    for row in found:
+        which = f"{row['op']:<19}{row['case']:<15}{row['program']:<16}"
+        measure.say(f"{which}extra memory {row['extra_mb']} MB, operations {row['operations']}")
+    if options["store"] == "true":
+        measure.store(op, found)
+    return rejected
+
+
+def read(words):
+    """(what, options) of the words key=value, --key value and at most one name; ValueError says what was wrong."""
+    words, names, options = list(words), [], dict(OPTIONS)
+    while words:
+        word = words.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and not equals:
+            value = words.pop(0) if words else ""
+        elif not equals:
+            names.append(word)
+            continue
+        if key not in OPTIONS:
+            raise ValueError(f"bench: unknown option {key}; choose from {', '.join(OPTIONS)}")
+        options[key] = value
+    for key in ("repeats", "threads"):
+        if not options[key].isdigit():
+            raise ValueError(f"bench: {key} must be a whole number; got {options[key]!r}")
+    for key in ("compile", "store"):
+        if options[key] not in ("true", "false"):
+            raise ValueError(f"bench: {key} must be true or false; got {options[key]!r}")
+    if options["device"] not in ("cpu", "cuda"):
+        raise ValueError(f"bench: device must be cpu or cuda; got {options['device']!r}")
+    if len(names) > 1 or (names and names[0] not in (*OPS, *OTHERS)):
+        raise ValueError(f"bench: choose one of {', '.join((*OPS, *OTHERS))}, or nothing for all ops; got {' '.join(names)}")
+    return (names[0] if names else None), options
+
+
+def settled(options):
+    """The process as the options want it; RuntimeError where the device is not here."""
+    if options["device"] == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("bench: device=cuda was asked for and torch finds no CUDA device; leave it out to measure the CPU")
+    if int(options["threads"]):
+        torch.set_num_threads(int(options["threads"]))
+    # one compiled program per shape, none of them general
+    torch._dynamo.config.recompile_limit = 256
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+def all_ops(words):
+    """Each op in a process of its own, for the memory of one must not disturb the times of the next; then the report."""
+    codes = [subprocess.run([sys.executable, "-m", "benchmarks.run", op, *words], cwd=measure.ROOT, check=False).returncode for op in OPS]
+    return max(codes)
+
+
+def main(words):
+    what, options = read(words)
+    if what is None:
+        return all_ops(words)
+    if what == "report":
+        from benchmarks import report
+
+        report.main([])
+        return 0
+    settled(options)
+    if what == "step":
+        from benchmarks.engine import step
+
+        rejected = step.bench(options)
+    else:
+        rejected = sweep(options) if what == "sweep" else one_op(what, options)
+    for sentence in rejected:
+        measure.say(sentence)
+    return 1 if rejected else 0
+
+
+if __name__ == "__main__":
+    measure.settle_threads()
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, RuntimeError, ModuleNotFoundError) as error:
+        sys.stderr.write(f"fuseer: {error}\n")
+        sys.exit(2)

@@ -1,0 +1,37 @@
+// How are rows of scores described to the code of one instruction set?
+#pragma once
+
+#include <cstdint>
+
+namespace fuseer {
+
+enum class ScoreType { f32, bf16, f16, f64 };
+
+// `count` rows of `k` scores, `stride` scores apart; the scores of a row are neighbours.
+struct Rows {
+  const void* data;
+  ScoreType type;
+  int64_t count;
+  int64_t stride;
+  int64_t k;
+};
+
+constexpr int64_t kLanes = 16;    // floats of the widest vector register
+constexpr int64_t kChunk = 2048;  // columns whose sum stays in float32 before it joins a float64 sum; an output chunk stays in L1
+constexpr int64_t padded(int64_t k) {
+  return (k + kLanes - 1) / kLanes * kLanes;
+}
+
+constexpr double kPowersPerNat = 1.4426950408889634074;  // log2(e)
+
+// The potential of columns beyond k: a power of two of it is 0, and unlike -infinity it can be subtracted from itself.
+template <typename T>
+constexpr T kAbsent = T(-1e30);
+
+// Whole cache lines of an output of so many bytes go past the caches: it would not survive in them anyway.
+constexpr int64_t kStreamedBytes = 16 << 20;
+
+// Above this stored exponentials are not in the caches when the next sweep wants them: new ones cost less than their way back.
+constexpr int64_t kCachedBytes = 48 << 20;
+
+}  // namespace fuseer

@@ -1,0 +1,254 @@
+"""Which op is tested on which backend, device, case and dtype, and how may its inputs lie in memory?"""
+
+import contextlib
+import functools
+import importlib
+import inspect
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from fuseer.kernels import dispatch, functional, testing
+from fuseer.kernels.testing import Case
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Under TRITON_INTERPRET=1 a process tests the Triton backends alone, on CPU tensors: an op takes milliseconds per row there.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED_ELEMENTS = 700
+POOLED_ELEMENTS = 256 if INTERPRETED else 4096
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() and not INTERPRETED else ("cpu",)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One op on one backend and device, given one case in one dtype."""
+
+    op: str
+    backend: str
+    device: str
+    case: Case
+    dtype: torch.dtype
+
+    def __str__(self):
+        return f"{self.op}-{self.backend}-{self.device}-{self.case.name}-{str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def call(self):
+        """The public op, on this backend by name."""
+        return functools.partial(getattr(functional, self.op), backend=self.backend)
+
+    @property
+    def module(self):
+        return part(self.op, "op")
+
+    @property
+    def differentiable(self):
+        return part(self.op, "cases").DIFFERENTIABLE
+
+    def arguments(self, seed=0):
+        return testing.inputs(self.case, self.dtype, seed, self.device)
+
+    def outputs(self, arguments=None, call=None):
+        """{"out": …, "d<name>": …} of the op, or of `call` in its place."""
+        return testing.outputs(call or self.call, self.arguments() if arguments is None else arguments, self.differentiable)
+
+    def verdicts(self, arguments=None):
+        return testing.verdicts(self.call, reference(self.op), self.case, self.dtype, self.differentiable, arguments, self.device)
+
+    def pooled_verdicts(self, lay=lambda arguments: arguments):
+        """The verdicts, of a small case on several draws side by side: of a handful of roundings luck would make the largest."""
+        every = [
+            testing.compared(
+                self.call, reference(self.op), self.case, self.dtype, self.differentiable, lay(self.arguments(seed)), self.device, seed
+            )
+            for seed in range(1 if elements(self.case) > POOLED_ELEMENTS else 4)
+        ]
+        pools = {name: [torch.cat([found[name][i].flatten() for found in every]) for i in range(3)] for name in every[0]}
+        return {name: testing.error_vs_eager(*pool) for name, pool in pools.items()}
+
+    def raw(self, arguments=None, backend=None):
+        """What the raw forward op returns, by the names of its schema."""
+        raw_op = self.module.RAW[backend or self.backend]
+        returned = raw_op(*raw_arguments(self.op, self.arguments() if arguments is None else arguments))
+        returned = returned if isinstance(returned, tuple) else (returned,)
+        return {r.name or "out": x for r, x in zip(raw_op._schema.returns, returned, strict=True)}
+
+    def raw_verdicts(self, actual=None):
+        """{output: Verdict} of everything the raw forward op returns; statistics column by column, for their sizes differ."""
+        actual = self.raw() if actual is None else actual
+
+        def run(dtype):
+            return self.raw(with_tensors(self.arguments(), lambda x: x.to(dtype)), "reference")
+
+        truth = run(torch.float64)
+        eager = testing.eager_outputs(run, self.dtype, truth)
+        found = {}
+        for name in truth:
+            columns = range(truth[name].shape[-1]) if name == "statistics" else [...]
+            for column in columns:
+                three = [x[name] if column is ... else x[name][..., column] for x in (actual, eager, truth)]
+                # potentials of no rows at all: infinite, and no distance from infinity is a number
+                infinite = three[2].isinf() & (three[0] == three[2])
+                label = name if column is ... else f"{name}[..., {column}]"
+                found[label] = testing.error_vs_eager(*(x.masked_fill(infinite, 0.0) for x in three))
+        return found
+
+    def but(self, **changes):
+        return Trial(**{**vars(self), **changes})
+
+
+def part(op, name):
+    return importlib.import_module(f"fuseer.kernels.{op}.{name}")
+
+
+def reference(op):
+    return getattr(part(op, "reference"), op)
+
+
+def raw_arguments(op, arguments):
+    """The raw op's arguments: reference.py's, in its order."""
+    return tuple({**arguments, "group_name": ""}[name] for name in inspect.signature(reference(op)).parameters)
+
+
+def refusal(op, impl, arguments):
+    """Why this backend does not take these arguments; None where it does."""
+    if dispatch.backend_of(impl) == "reference":
+        return None
+    return impl.unsupported(*raw_arguments(op, arguments))
+
+
+def cases(op, production=False):
+    found = [case for case in part(op, "cases").CASES if case.production == production]
+    return [case for case in found if elements(case) <= INTERPRETED_ELEMENTS] if INTERPRETED else found
+
+
+def telling(op):
+    """The cases on which the op's mutation must show."""
+    return [case for case in cases(op) if case.name in part(op, "cases").TELLING]
+
+
+def quick(op):
+    """All cases; two where an op is interpreted."""
+    return telling(op)[:2] if INTERPRETED else cases(op)
+
+
+def first(op):
+    return telling(op)[:1]
+
+
+def elements(case):
+    return sum(x.numel() for x in case.build(torch.Generator()).values() if isinstance(x, torch.Tensor))
+
+
+def trials(dtypes=DTYPES, chosen=cases):
+    """Every op × backend × device × chosen case × dtype that the backend takes."""
+    found = []
+    for op in functional.__all__:
+        for impl in part(op, "op").IMPLS:
+            backend = dispatch.backend_of(impl)
+            if INTERPRETED and backend != "triton":
+                continue
+            every = [Trial(op, backend, device, case, dtype) for device in DEVICES for case in chosen(op) for dtype in dtypes]
+            found += [trial for trial in every if refusal(op, impl, trial.arguments()) is None]
+    return found
+
+
+def of(op, *extra):
+    """Chooses these cases for one op and none for the others: trials(dtypes, of("sinkhorn", case))."""
+    return lambda other: extra if other == op else ()
+
+
+def widest(op):
+    """Each backend and device of the op with the widest dtype that it takes, as trials of its first telling case."""
+    by_width = (torch.float64, torch.float32)
+    found = {(trial.backend, trial.device): trial for trial in trials(by_width[::-1], of(op, *first(op)))}
+    return list(found.values())
+
+
+def over(found):
+    """Parametrises a test over trials; where there are none there is no test, rather than a skipped one."""
+    if not found:
+        return lambda test: None
+    return pytest.mark.parametrize("trial", found, ids=str)
+
+
+def with_tensors(arguments, change):
+    return {name: change(x) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+
+
+def resized(case, sizes, scale=1.0):
+    """The case with every axis of length n made sizes[n] long, filled anew, uniform over the old range times `scale`."""
+
+    def build(generator):
+        def fill(x):
+            low, high = (x.min(), x.max()) if x.numel() else (-1.0, 1.0)
+            shape = [sizes.get(size, size) for size in x.shape]
+            return (torch.rand(shape, dtype=torch.float64, generator=generator) * (high - low) + low) * scale
+
+        return with_tensors(case.build(generator), fill)
+
+    return Case(f"{case.name} with {sizes}", build)
+
+
+def lengths(case):
+    """(lengths of rows, lengths of last axes) that `resized` can change: those of no axis further left, which counts crops or the like."""
+    shapes = [x.shape for x in case.build(torch.Generator()).values() if isinstance(x, torch.Tensor)]
+    leading = {n for shape in shapes for n in shape[:-2]}
+    last = {shape[-1] for shape in shapes if len(shape) > 1} - leading
+    return sorted({n for shape in shapes for n in shape} - leading - last), sorted(last)
+
+
+def every_other(x):
+    """x in memory with its axes reversed and a stranger's NaN between any two values."""
+    wide = torch.full((*reversed(x.shape), 2), torch.nan, dtype=x.dtype, device=x.device)
+    return wide[..., 0].permute(*reversed(range(x.dim()))).copy_(x)
+
+
+def inside(x):
+    """x as a block inside a wider one: NaN before, after, left and right of it, and the last axis dense."""
+    wide = torch.full([size + 3 for size in x.shape], torch.nan, dtype=x.dtype, device=x.device)
+    return wide[tuple(slice(1, 1 + size) for size in x.shape)].copy_(x)
+
+
+def misaligned(x):
+    """x dense, but one element off the alignment of its memory."""
+    return torch.full((x.numel() + 1,), torch.nan, dtype=x.dtype, device=x.device)[1:].view(x.shape).copy_(x)
+
+
+def transposed(x):
+    return x.mT.contiguous().mT if x.dim() > 1 else x
+
+
+LAYOUTS = {f.__name__: f for f in (every_other, inside, misaligned, transposed)}
+
+
+def equal_rows(x):
+    """x with every row a view of the first: stride 0."""
+    axis = max(x.dim() - 2, 0)
+    return x.narrow(axis, 0, min(1, x.shape[axis])).expand(x.shape)
+
+
+@contextlib.contextmanager
+def poisoned_memory():
+    """torch.empty, in Python and C++, gives NaN; torch.use_deterministic_algorithms is on."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(99).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@contextlib.contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
