@@ -318,7 +318,8 @@ void Potentials<T>::finish(const std::string& group_name, std::vector<double>* p
   for (int64_t p = 0; p < problems_; ++p) {
     const auto begin = largest.begin() + p * blocks;
     const bool bounded = std::all_of(begin, begin + blocks, [](T x) { return x <= T(kPotentialRange); });
-    safe_[p] = in_range_[p] && bounded && k_ <= kSafeColumns;
+    // Once lost it stays lost: w may have left the range of T.
+    safe_[p] = safe_[p] && in_range_[p] && bounded && k_ <= kSafeColumns;
   }
 }
 

@@ -23,30 +23,6 @@ inline void widen_as(const scalar_t* x, int64_t count, T fill, T* out) {
   }
 }
 
-template <typename T>
-inline void widen(const AnyRow& row, int64_t begin, int64_t count, T fill, T* out) {
-  switch (row.type) {
-    case ScoreType::f32:
-      return widen_as(static_cast<const float*>(row.data) + begin, count, fill, out);
-    case ScoreType::bf16:
-      return widen_as(static_cast<const at::BFloat16*>(row.data) + begin, count, fill, out);
-    case ScoreType::f16:
-      return widen_as(static_cast<const at::Half*>(row.data) + begin, count, fill, out);
-    default:
-      return widen_as(static_cast<const double*>(row.data) + begin, count, fill, out);
-  }
-}
-
-inline int64_t chunk_at(int64_t begin, int64_t k) {
-  return k - begin < kChunk ? k - begin : kChunk;
-}
-
-// What stands beyond the end of a row of logits: its power is 0, and 0 times it is 0.
-template <typename T>
-inline T far_below(T top, double temperature) {
-  return static_cast<T>(top - 1200 * kNats * temperature);
-}
-
 // body(pointer of the row's own type)
 template <typename Body>
 inline auto with_type(const AnyRow& row, const Body& body) {
@@ -60,6 +36,21 @@ inline auto with_type(const AnyRow& row, const Body& body) {
     default:
       return body(static_cast<const double*>(row.data));
   }
+}
+
+template <typename T>
+inline void widen(const AnyRow& row, int64_t begin, int64_t count, T fill, T* out) {
+  with_type(row, [=](const auto* x) { widen_as(x + begin, count, fill, out); });
+}
+
+inline int64_t chunk_at(int64_t begin, int64_t k) {
+  return k - begin < kChunk ? k - begin : kChunk;
+}
+
+// What stands beyond the end of a row of logits: its power is 0, and 0 times it is 0.
+template <typename T>
+inline T far_below(T top, double temperature) {
+  return static_cast<T>(top - 1200 * kNats * temperature);
 }
 
 template <typename T>
