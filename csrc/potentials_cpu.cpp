@@ -80,13 +80,12 @@ ScoreType score_type(const at::Tensor& scores, const char* op) {
 template <typename T>
 Potentials<T>::Potentials(const std::vector<std::vector<Segment>>& segments, ScoreType type, int64_t k, double epsilon, T* cache)
     : problems_(static_cast<int64_t>(segments.size())), k_(k), epsilon_(epsilon), cache_(cache) {
-  int64_t total = 0;
   for (const auto& of_problem : segments) {
     for (const Segment& segment : of_problem) {
-      total += segment.rows;
+      rows_ += segment.rows;
     }
   }
-  const int64_t threads = std::clamp<int64_t>(total * k / kThreadScores, 1, at::get_num_threads());
+  const int64_t threads = std::clamp<int64_t>(rows_ * k / kThreadScores, 1, at::get_num_threads());
   threads_.resize(threads);
   int64_t row = 0, slots = 0;
   for (int64_t p = 0; p < problems_; ++p) {
@@ -94,8 +93,8 @@ Potentials<T>::Potentials(const std::vector<std::vector<Segment>>& segments, Sco
     int64_t last_thread = -1;
     for (const Segment& segment : segments[p]) {
       for (int64_t begin = 0; begin < segment.rows;) {
-        const int64_t thread = ((row + 1) * threads - 1) / total;  // owns rows total * thread / threads and on
-        const int64_t count = std::min(segment.rows - begin, total * (thread + 1) / threads - row);
+        const int64_t thread = ((row + 1) * threads - 1) / rows_;  // owns rows rows_ * thread / threads and on
+        const int64_t count = std::min(segment.rows - begin, rows_ * (thread + 1) / threads - row);
         slots += thread != last_thread;
         last_thread = thread;
         threads_[thread].push_back({{segment.data + begin * segment.stride, type, count, segment.stride, k}, p, row, slots - 1});
@@ -325,13 +324,7 @@ void Potentials<T>::finish(const std::string& group_name, std::vector<double>* p
 
 template <typename T>
 void Potentials<T>::write_codes(T* codes) const {
-  int64_t total = 0;
-  for (const auto& pieces : threads_) {
-    for (const Piece& piece : pieces) {
-      total += piece.rows.count;
-    }
-  }
-  const bool stream = total * k_ * static_cast<int64_t>(sizeof(T)) > kStreamedBytes;
+  const bool stream = rows_ * k_ * static_cast<int64_t>(sizeof(T)) > kStreamedBytes;
   at::parallel_for(0, static_cast<int64_t>(threads_.size()), 1, [&](int64_t first, int64_t last) {
     std::unique_ptr<T[]> buffer(new T[padded(k_)]);
     for (int64_t thread = first; thread < last; ++thread) {

@@ -110,7 +110,7 @@ class Potentials {
 
   std::vector<std::vector<Piece>> threads_;
   std::vector<int64_t> slots_;  // the first slot of every problem, and the end
-  int64_t problems_, k_;
+  int64_t problems_, k_, rows_ = 0;
   double epsilon_;
   T* cache_;
   std::unique_ptr<T[]> partial_;  // [slots, padded(k)]

@@ -166,14 +166,25 @@ inline Vec<Acc<scalar_t>> exponentials(const scalar_t* x, int64_t k, const Facto
     shift = Vec<T>(-widest(top));
   }
   Sum<T> sum;
-  const auto step = [&](int64_t j, const Vec<T>& scores) {
-    // Potential and maximum may both be thousands, and a score may cancel either: nothing of their sum may be lost.
-    const TwoSum<T> bias(Vec<T>::loadu(v.high + j), shift);
-    const Vec<T> e = power(factor.logits(scores, bias.sum) + (bias.lost + Vec<T>::loadu(v.low + j)));
+  const auto keep = [&](int64_t j, const Vec<T>& logits) {
+    const Vec<T> e = power(logits);
     e.store(row + j);
     sum.part = sum.part + e;
   };
-  over_chunks(x, k, T(0), step, [&] { sum.close(); });
+  const auto plain = [&](int64_t j, const Vec<T>& scores) {
+    keep(j, factor.logits(scores, Vec<T>::loadu(v.high + j)) + Vec<T>::loadu(v.low + j));
+  };
+  const auto shifted = [&](int64_t j, const Vec<T>& scores) {
+    // Potential and maximum may both be thousands, and a score may cancel either: nothing of their sum may be lost.
+    const TwoSum<T> bias(Vec<T>::loadu(v.high + j), shift);
+    keep(j, factor.logits(scores, bias.sum) + (bias.lost + Vec<T>::loadu(v.low + j)));
+  };
+  const auto close = [&] { sum.close(); };
+  if (safe) {
+    over_chunks(x, k, T(0), plain, close);
+  } else {
+    over_chunks(x, k, T(0), shifted, close);
+  }
   return Vec<T>(static_cast<T>(1 / sum.whole));
 }
 

@@ -31,7 +31,4 @@ constexpr T kAbsent = T(-1e30);
 // Whole cache lines of an output of so many bytes go past the caches: it would not survive in them anyway.
 constexpr int64_t kStreamedBytes = 16 << 20;
 
-// Above this stored exponentials are not in the caches when the next sweep wants them: new ones cost less than their way back.
-constexpr int64_t kCachedBytes = 48 << 20;
-
 }  // namespace fuseer

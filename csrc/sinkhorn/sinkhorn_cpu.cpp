@@ -17,8 +17,7 @@ void write_codes(const at::Tensor& scores, ScoreType type, double epsilon, int64
   for (int64_t p = 0; p < problems; ++p) {
     segments.push_back({{static_cast<const char*>(scores.const_data_ptr()) + p * n * row, n, row}});
   }
-  const bool cache = scores.numel() * static_cast<int64_t>(sizeof(T)) <= kCachedBytes;
-  Potentials<T> potentials(segments, type, k, epsilon, cache ? codes : nullptr);
+  Potentials<T> potentials(segments, type, k, epsilon, codes);
   std::vector<double> passengers;
   potentials.iterate(iterations, group_name, passengers);
   potentials.write_codes(codes);

@@ -141,11 +141,12 @@ std::unique_ptr<Potentials<T>> potentials_of(const Crops& crops, ScoreType type,
     }
     segments[a].push_back({static_cast<const char*>(crops.row(assign[a], 0)), crops.b, crops.row_stride});
   }
-  // Exponentials are kept where that takes no more memory than the gradient will.
-  const int64_t rows = codes * (queued + crops.b);
+  // Exponentials are kept where that takes no more memory than the gradient will. The block is of the gradient's size, so that the
+  // gradient can have it afterwards; what is not touched of it costs nothing.
+  const int64_t rows = codes * (queued + crops.b), item = sizeof(T), gradient = crops.v * crops.b * crops.k * crops.item;
   at::Tensor cache;
-  if (rows <= crops.v * crops.b && rows * crops.k * static_cast<int64_t>(sizeof(T)) <= kCachedBytes) {
-    cache = result({rows, crops.k}, c10::CppTypeToScalarType<T>::value);
+  if (rows * crops.k * item <= gradient) {
+    cache = result({gradient / item}, c10::CppTypeToScalarType<T>::value);
   }
   auto potentials =
       std::make_unique<Potentials<T>>(segments, type, crops.k, epsilon, cache.defined() ? cache.mutable_data_ptr<T>() : nullptr);
