@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure
+from fuseer.engine.distributed import keep_freed_memory
 from fuseer.kernels import dispatch, functional
 from fuseer.kernels.testing import inputs, outputs, verdicts
 
@@ -240,6 +241,8 @@ def settled(options):
     """The process as the options want it; RuntimeError where the device is not here."""
     if options["device"] == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("bench: device=cuda was asked for and torch finds no CUDA device; leave it out to measure the CPU")
+    if options["device"] == "cpu":
+        keep_freed_memory()
     if int(options["threads"]):
         torch.set_num_threads(int(options["threads"]))
     # one compiled program per shape, none of them general
