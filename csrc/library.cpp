@@ -1,4 +1,5 @@
 // Which ops does fuseer.kernels._C implement, and how was it built? The schemas are in kernels/<op>/op.py, which works without this file.
+#include "instruction_set.h"
 #include "library.h"
 
 #include <ATen/Version.h>
@@ -36,6 +37,33 @@ at::Tensor result(at::IntArrayRef sizes, at::ScalarType type) {
   return out;
 }
 
+InstructionSet instruction_set() {
+  static const InstructionSet found = [] {
+    const std::string capability = at::get_cpu_capability();
+    return capability == "AVX512" ? InstructionSet::avx512 : capability == "AVX2" ? InstructionSet::avx2 : InstructionSet::base;
+  }();
+  return found;
+}
+
+ScoreType score_type(const at::Tensor& scores, const char* op) {
+  switch (scores.scalar_type()) {
+    case at::kFloat:
+      return ScoreType::f32;
+    case at::kBFloat16:
+      return ScoreType::bf16;
+    case at::kHalf:
+      return ScoreType::f16;
+    case at::kDouble:
+      return ScoreType::f64;
+    default:
+      TORCH_CHECK_TYPE(false, op, ": backend cpu takes float16, bfloat16, float32 or float64; got ", scores.scalar_type());
+  }
+}
+
+at::Tensor rows_in_one_piece(const at::Tensor& x) {
+  return x.size(-1) > 1 && x.stride(-1) != 1 ? x.contiguous() : x;
+}
+
 }  // namespace fuseer
 
 TORCH_LIBRARY_IMPL(fuseer, CPU, m) {
@@ -50,6 +78,10 @@ TORCH_LIBRARY_IMPL(fuseer, CPU, m) {
   m.impl("swapped_prediction_backward.cpu", fuseer::swapped_prediction_backward_cpu);
   m.impl("soft_xent.cpu", fuseer::soft_xent_cpu);
   m.impl("soft_xent_backward.cpu", fuseer::soft_xent_backward_cpu);
+  m.impl("nt_xent_statistics", fuseer::nt_xent_statistics_cpu);
+  m.impl("nt_xent_gradient", fuseer::nt_xent_gradient_cpu);
+  m.impl("nt_xent_alone", fuseer::nt_xent_alone_cpu);
+  m.impl("info_nce_sums", fuseer::info_nce_sums_cpu);
 }
 
 PYBIND11_MODULE(_C, m) {

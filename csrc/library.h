@@ -1,6 +1,8 @@
 // Which C++ functions implement fuseer::<op>, and what do they share?
 #pragma once
 
+#include "rows.h"
+
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -14,6 +16,12 @@ at::Tensor all_reduce(const at::Tensor& tensor, const char* reduction, const std
 
 // Uninitialised memory for a result; a large one asks for huge pages, without which every 4 KiB of it cost a page fault when written.
 at::Tensor result(at::IntArrayRef sizes, at::ScalarType type);
+
+// The type of a tensor of scores or features for backend cpu, which takes float16, bfloat16, float32 and float64.
+ScoreType score_type(const at::Tensor& scores, const char* op);
+
+// `x` with the numbers of a row side by side.
+at::Tensor rows_in_one_piece(const at::Tensor& x);
 
 at::Tensor sinkhorn_cpu(const at::Tensor& scores, double epsilon, int64_t iterations, const std::string& group_name);
 
@@ -31,5 +39,18 @@ std::tuple<at::Tensor, at::Tensor> soft_xent_cpu(const at::Tensor& logits, const
 at::Tensor soft_xent_backward_cpu(const at::Tensor& dloss, const at::Tensor& logits, const at::Tensor& target, const at::Tensor& statistics,
                                   double temperature, const std::optional<at::Tensor>& weights, const std::optional<at::Tensor>& target_center,
                                   std::optional<double> target_temperature);
+
+// (the sum of the losses of own rows, their statistics [count, 3]: top and sum, which ranks exchange, and the share of all but the positive)
+std::tuple<double, at::Tensor> nt_xent_statistics_cpu(const at::Tensor& rows, int64_t begin, int64_t count, double temperature, bool normalize);
+// scale * the gradient of the sum of all losses to own rows [count, D]; top and sum of all rows lead the rows of `of_all`
+at::Tensor nt_xent_gradient_cpu(const at::Tensor& rows, const at::Tensor& of_all, const at::Tensor& of_own, int64_t begin, int64_t count,
+                                double temperature, bool normalize, double scale);
+// Both, of rows that are all own ones.
+std::tuple<double, at::Tensor> nt_xent_alone_cpu(const at::Tensor& rows, double temperature, bool normalize, double scale);
+
+// (the sum of the losses, its gradient to the query)
+std::tuple<double, at::Tensor> info_nce_sums_cpu(const at::Tensor& query, const at::Tensor& keys, const std::optional<at::Tensor>& positive,
+                                                 const std::optional<at::Tensor>& positive_index, double temperature, bool normalize,
+                                                 bool gradient);
 
 }  // namespace fuseer

@@ -2,7 +2,6 @@
 #include "potentials_cpu.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -12,7 +11,6 @@
 namespace fuseer {
 namespace {
 
-constexpr int64_t kThreadScores = 16384;  // fewer are done before a second thread has woken
 constexpr int64_t kColumnBlock = 1024;
 constexpr int64_t kBlockRows = 32;  // rows summed in float32 before they join a float64 sum
 
@@ -23,24 +21,7 @@ constexpr int64_t kSafeColumns = 1 << 18;
 
 template <typename T>
 const PotentialsKernels<T>& kernels() {
-  static const PotentialsKernelSet& set = [&]() -> const PotentialsKernelSet& {
-#ifdef FUSEER_X86_SIMD
-    switch (instruction_set()) {
-      case InstructionSet::avx512:
-        return AVX512::potentials_kernels;
-      case InstructionSet::avx2:
-        return AVX2::potentials_kernels;
-      default:
-        break;
-    }
-#endif
-    return DEFAULT::potentials_kernels;
-  }();
-  if constexpr (std::is_same_v<T, float>) {
-    return set.of_float;
-  } else {
-    return set.of_double;
-  }
+  return of_type<T>(FUSEER_CHOSEN_KERNELS(potentials_kernels));
 }
 
 // `values` reduced over the group, in place.
@@ -56,26 +37,6 @@ void reduce(std::vector<T>& values, const char* reduction, const std::string& gr
 }
 
 }  // namespace
-
-InstructionSet instruction_set() {
-  static const std::string capability = at::get_cpu_capability();
-  return capability == "AVX512" ? InstructionSet::avx512 : capability == "AVX2" ? InstructionSet::avx2 : InstructionSet::base;
-}
-
-ScoreType score_type(const at::Tensor& scores, const char* op) {
-  switch (scores.scalar_type()) {
-    case at::kFloat:
-      return ScoreType::f32;
-    case at::kBFloat16:
-      return ScoreType::bf16;
-    case at::kHalf:
-      return ScoreType::f16;
-    case at::kDouble:
-      return ScoreType::f64;
-    default:
-      TORCH_CHECK_TYPE(false, op, ": backend cpu takes float16, bfloat16, float32 or float64; got ", scores.scalar_type());
-  }
-}
 
 template <typename T>
 Potentials<T>::Potentials(const std::vector<std::vector<Segment>>& segments, ScoreType type, int64_t k, double epsilon, T* cache)

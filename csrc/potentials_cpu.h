@@ -1,6 +1,7 @@
 // How do Sinkhorn's column potentials come about on the CPU, for every op that needs them?
 #pragma once
 
+#include "instruction_set.h"
 #include "library.h"
 #include "rows.h"
 
@@ -51,17 +52,7 @@ struct PotentialsKernelSet {
   PotentialsKernels<double> of_double;
 };
 
-namespace DEFAULT {
-extern const PotentialsKernelSet potentials_kernels;
-}
-#ifdef FUSEER_X86_SIMD
-namespace AVX2 {
-extern const PotentialsKernelSet potentials_kernels;
-}
-namespace AVX512 {
-extern const PotentialsKernelSet potentials_kernels;
-}
-#endif
+FUSEER_DECLARE_KERNELS(PotentialsKernelSet, potentials_kernels)
 
 // Rows of one problem that lie one stride apart: its own batch, or a queue.
 struct Segment {
@@ -119,12 +110,5 @@ class Potentials {
   std::vector<char> in_range_, safe_;
   int64_t sweeps_ = 0;
 };
-
-// Which instruction set's kernels run here: that of at::get_cpu_capability(), which honours ATEN_CPU_CAPABILITY.
-enum class InstructionSet { base, avx2, avx512 };
-InstructionSet instruction_set();
-
-// The type of a tensor of scores for backend cpu, which takes float16, bfloat16, float32 and float64.
-ScoreType score_type(const at::Tensor& scores, const char* op);
 
 }  // namespace fuseer

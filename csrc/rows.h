@@ -28,6 +28,8 @@ constexpr double kPowersPerNat = 1.4426950408889634074;  // log2(e)
 template <typename T>
 constexpr T kAbsent = T(-1e30);
 
+constexpr int64_t kThreadScores = 16384;  // fewer are done before a second thread has woken
+
 // Whole cache lines of an output of so many bytes go past the caches: it would not survive in them anyway.
 constexpr int64_t kStreamedBytes = 16 << 20;
 

@@ -191,3 +191,4 @@ def merged(one, other, z_high, z_low, q_high, q_low):
 
 # kernels decorated under TRITON_INTERPRET=1 run on the CPU, in Python
 INTERPRETED = REASON is None and not isinstance(load_row, triton.runtime.JITFunction)
+IN_PYTHON = tl.constexpr(INTERPRETED)

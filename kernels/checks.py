@@ -54,3 +54,31 @@ def at_least(op, name, value, minimum):
         raise TypeError(f"{op}: {name} must be an integer; got {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{op}: {name} must be >= {minimum}; got {value}")
+
+
+def nonzero(op, name, value):
+    """Refuse everything but a finite real number other than zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number; got {type(value).__name__}")
+    if not abs(value) > 0 or abs(value) == math.inf:
+        raise ValueError(f"{op}: {name} must be finite and not 0; got {value}")
+
+
+def row_indices(op, name, value, of_name, of, into_name, into):
+    """Refuse anything but int64 [N], one for each row of `of`, and any index where there is no row to point at."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.int64:
+        got = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"{op}: {name} must be an int64 tensor [N]; got {got}")
+    shape(op, name, value, f"[N] of {of_name}", of.shape[:1])
+    same_device(op, of_name, of, name, value)
+    if len(value) and not len(into):
+        raise ValueError(f"{op}: {name} points into {into_name}, which has no rows; give at least the positives")
+
+
+def indices_within(op, name, value, rows):
+    """Refuse an index outside 0..rows-1; looks at the values."""
+    if not len(value):
+        return
+    low, high = value.min().item(), value.max().item()
+    if low < 0 or high >= rows:
+        raise ValueError(f"{op}: {name} must be in 0..{rows - 1}; got {low}..{high}")

@@ -1,5 +1,7 @@
 """Which implementation of an op runs, over which ranks, and why not the others?"""
 
+import contextlib
+import functools
 import logging
 import os
 
@@ -26,10 +28,27 @@ def register(name, schema, fake, **bodies):
     for backend, body in bodies.items():
         _LIBRARY.define(f"{name}.{backend}{schema}")
         if body is not COMPILED:
-            _LIBRARY.impl(f"{name}.{backend}", body, "CompositeExplicitAutograd")
+            _LIBRARY.impl(f"{name}.{backend}", _outside_autocast(body), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fuseer::{name}.{backend}", fake, lib=_LIBRARY)
         overloads[backend] = getattr(getattr(torch.ops.fuseer, name), backend)
     return overloads
+
+
+def define(name, schema):
+    """Defines fuseer::`name`, a part of some op's body that csrc/library.cpp implements, and returns it; nobody else calls it."""
+    _LIBRARY.define(f"{name}{schema}")
+    return getattr(torch.ops.fuseer, name).default
+
+
+def _outside_autocast(body):
+    """`body` with autocast off: an op's arithmetic has the dtype that its docstring says, wherever it is called."""
+
+    @functools.wraps(body)
+    def outside(*arguments):
+        with torch._C._DisableAutocast():
+            return body(*arguments)
+
+    return outside
 
 
 def backend_of(impl):
@@ -89,6 +108,45 @@ def all_reduce(tensor, reduction, name):
     return torch.ops._c10d_functional.wait_tensor(reduced)
 
 
+def gather_rows(tensor, name, same_rows=False, counts=None):
+    """(the rows [M, ...] of all ranks in rank order, how many each brought, this rank) for the group of that name; alone where it is ''.
+
+    Ranks may bring different numbers of rows, and none. Unless `counts` are known already, or `same_rows` promises them to be equal, they
+    are exchanged first, which on a GPU waits for the device. No gradient.
+    """
+    if not name:
+        return tensor, [len(tensor)], 0
+    group = torch.distributed.distributed_c10d._resolve_process_group(name)
+    if counts is None and same_rows:
+        counts = [len(tensor)] * group.size()
+    if counts is None:
+        counts = _all_gather(torch.tensor([len(tensor)], device=tensor.device), group).tolist()
+    longest = max(counts)
+    padded = tensor.contiguous()
+    if len(tensor) < longest:
+        padded = torch.cat([padded, padded.new_zeros(longest - len(tensor), *tensor.shape[1:])])
+    every = _all_gather(padded, group)
+    if min(counts) < longest:
+        every = torch.cat([part[:count] for part, count in zip(every.split(longest), counts, strict=True)])
+    return every, counts, group.rank()
+
+
+def _all_gather(tensor, group):
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(tensor, group.size(), group.group_name)
+    return torch.ops._c10d_functional.wait_tensor(gathered)
+
+
+def mean_share(rows, name):
+    """W / (rows of all ranks), by which a rank's sum over its own rows is multiplied: a scalar in the compute dtype; no host sync."""
+    counts = all_reduce(torch.tensor([len(rows), 1], dtype=torch.float64, device=rows.device), "sum", name)
+    return (counts[1] / counts[0].clamp_min(1)).to(compute_dtype(rows.dtype))
+
+
+def indices_are_checked(device):
+    """Whether values of an index tensor are looked at: always on the CPU; elsewhere, where that waits for the device, when asked for."""
+    return device.type == "cpu" or os.environ.get("FUSEER_CHECK_INDICES") == "1"
+
+
 def compute_dtype(dtype):
     """The dtype of an op's arithmetic, codes and losses: float32 for half inputs, the input's own otherwise."""
     return torch.float32 if dtype in HALF else dtype
@@ -110,7 +168,7 @@ def differentiated(function):
 
     def backward(dout, first, *rest):
         dtype = compute_dtype(first.dtype)
-        with torch.enable_grad(), _autograd_inside_an_op():
+        with recording():
             leaf = first.detach().to(dtype).requires_grad_()
             out = function(leaf, *(_cast(value, dtype) for value in rest))
             (dfirst,) = torch.autograd.grad(out, leaf, dout.to(out.dtype))
@@ -119,13 +177,15 @@ def differentiated(function):
     return backward
 
 
-def _autograd_inside_an_op():
+@contextlib.contextmanager
+def recording():
     """Lets autograd record inside an op's body: below a TorchDispatchMode (opcheck, flop counters) its keys are switched off there."""
     keys = torch._C.DispatchKey
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor, keys.ADInplaceOrView):
         excluded = excluded.remove(key)
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+    with torch.enable_grad(), torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+        yield
 
 
 def _cast(value, dtype):

@@ -1,7 +1,9 @@
 """What may I call? The public list of ops."""
 
+from fuseer.kernels.info_nce import info_nce
+from fuseer.kernels.nt_xent import nt_xent
 from fuseer.kernels.sinkhorn import sinkhorn
 from fuseer.kernels.soft_xent import soft_xent
 from fuseer.kernels.swapped_prediction import swapped_prediction
 
-__all__ = ["sinkhorn", "soft_xent", "swapped_prediction"]
+__all__ = ["info_nce", "nt_xent", "sinkhorn", "soft_xent", "swapped_prediction"]

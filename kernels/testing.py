@@ -13,12 +13,14 @@ class Case:
     """One set of inputs: `build(generator)` makes the op's keyword arguments in the order of reference.py, tensors in float64.
 
     `production` marks the shapes that training meets: benchmarks run those, in `dtype`; tests run the others, in every dtype.
+    Tests that draw shapes make no last axis shorter than `narrowest`: a unit row of one number is ±1, and its gradient all rounding.
     """
 
     name: str
     build: Callable
     production: bool = False
     dtype: torch.dtype = torch.float32
+    narrowest: int = 1
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Verdict:
 def error_vs_eager(actual, eager, truth):
     """The error of `actual` <= 2 * the error of `eager` + 4 eps(dtype of actual) * the size of `truth`, in max-abs and in rel-L2.
 
-    truth: the reference in float64; eager: the reference in float32 on half inputs, in the tested dtype otherwise. The size is
-    max|truth| for max-abs and 1 for rel-L2. ValueError where shapes differ or the truth is not finite.
+    Half a spacing of the dtype's subnormal numbers is added, finer than which no element can be rounded. truth: the reference in
+    float64; eager: the reference in float32 on half inputs, in the tested dtype otherwise. The size is max|truth| for max-abs and 1 for
+    rel-L2. ValueError where shapes differ or the truth is not finite.
     """
     if not actual.shape == eager.shape == truth.shape:
         raise ValueError(f"error_vs_eager: shapes must be equal; got {list(actual.shape)}, {list(eager.shape)}, {list(truth.shape)}")
@@ -49,21 +52,22 @@ def error_vs_eager(actual, eager, truth):
         raise ValueError("error_vs_eager: truth must be finite float64; got another dtype, or infinities or NaN")
     if not truth.numel():
         return Verdict(0.0, 0.0, 0.0, 0.0)
-    rounding = 4 * torch.finfo(actual.dtype).eps
+    dtype = torch.finfo(actual.dtype)
+    rounding, spacing = 4 * dtype.eps, dtype.smallest_normal * dtype.eps
     size = truth.norm() if truth.norm() > 0 else torch.ones_like(truth.norm())
     ours, theirs = actual.double() - truth, eager.double() - truth
     return Verdict(
         max_abs=ours.abs().max().item(),
-        max_abs_bound=2 * theirs.abs().max().item() + rounding * truth.abs().max().item(),
+        max_abs_bound=2 * theirs.abs().max().item() + rounding * truth.abs().max().item() + spacing / 2,
         rel_l2=(ours.norm() / size).item(),
-        rel_l2_bound=2 * (theirs.norm() / size).item() + rounding,
+        rel_l2_bound=2 * (theirs.norm() / size).item() + rounding + spacing / 2 * truth.numel() ** 0.5 / size.item(),
     )
 
 
 def inputs(case, dtype, seed=0, device="cpu"):
-    """The case's keyword arguments with every tensor in `dtype` on `device`."""
+    """The case's keyword arguments with every tensor on `device`, in `dtype` where it is no index."""
     made = case.build(torch.Generator().manual_seed(seed))
-    return {name: x.to(device, dtype) if isinstance(x, torch.Tensor) else x for name, x in made.items()}
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in _cast(made, dtype).items()}
 
 
 def outputs(function, arguments, differentiable, seed=1):
@@ -115,4 +119,4 @@ def verdicts(function, reference, case, dtype, differentiable=(), arguments=None
 
 
 def _cast(arguments, dtype):
-    return {name: x.to(dtype) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    return {name: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in arguments.items()}

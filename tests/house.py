@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # bottom first; a file or folder of engine/ stands on one floor and imports only from floors below
 FLOORS = (
     ("kernels",),
-    ("schedule", "distributed", "config", "log"),
+    ("schedule", "distributed", "config", "log", "chart"),
     ("models", "data"),
     ("teacher", "optim", "checkpoint", "monitor"),
     ("methods",),
@@ -23,18 +23,23 @@ FLOORS = (
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 GROUND = {
     "engine/methods/method.py",
-    "engine/evaluate/knn.py",
+    *(f"engine/evaluate/{name}.py" for name in ("knn", "frozen")),
     *(f"engine/models/{name}.py" for name in ("norm", "heads")),
     *(f"engine/data/{name}.py" for name in ("view", "philox", "draw", "feed", "sources")),
-    *(f"kernels/{name}.py" for name in ("dispatch", "checks", "extension", "testing", "_tl", "_potentials")),
+    *(f"kernels/{name}.py" for name in ("dispatch", "checks", "extension", "testing", "_tl", "_potentials", "_contrast", "_strips")),
 }
 # (importer, imported): why a sibling, or a floor above, may be imported all the same
 IMPORT_EXCEPTIONS = {
     ("engine/train.py", "engine/cli.py"): "run by deepspeed --module, it hands its arguments to the command line",
     ("engine/models/backbone.py", "engine/models/regnet.py"): "one name table over our models and timm's",
+    ("engine/models/backbone.py", "engine/models/vit.py"): "one name table over our models and timm's",
     ("engine/distributed.py", "engine/config.py"): "deepspeed_config derives from TrainConfig",
     ("engine/recipes/recipe.py", "engine/recipes"): "recipes are found by listing their folder",
     ("engine/recipes/tiny_swav_long.py", "engine/recipes/tiny_swav.py"): "the same recipe, longer",
+    ("engine/recipes/tiny_simclr.py", "engine/recipes/tiny_swav.py"): "the same network and photographs",
+    ("engine/recipes/tiny_moco_v2.py", "engine/recipes/tiny_swav.py"): "the same network and photographs",
+    ("engine/recipes/tiny_moco_v3.py", "engine/recipes/tiny_swav.py"): "the same network and photographs",
+    ("engine/recipes/moco_v3_vit_b.py", "engine/recipes/moco_v3_vit_s.py"): "the same recipe, another backbone",
     ("engine/data/sources.py", "engine/data/decodable.py"): "files are examined before they are handed on",
     ("engine/data/sources.py", "engine/data/bundled.py"): "the demo set is one of the sources",
     ("engine/data/make_demo_set.py", "engine/data/bundled.py"): "makes what bundled unpacks",
@@ -57,7 +62,8 @@ CORE = {"torch", "triton", "numpy"}
 PRINTERS = {"engine/log.py", "engine/cli.py"}
 WRITERS = {"print", "sys.stdout.write", "sys.stderr.write"}
 OP_FILES = ("__init__", "op", "reference", "cases")
-VAGUE = re.compile(r"(utils?|helpers?|misc|common|legacy|v\d+)$")
+# papers number MoCo's versions
+VAGUE = re.compile(r"(utils?|helpers?|misc|common|legacy|(?<!moco_)v\d+)$")
 
 
 @functools.cache
@@ -167,7 +173,7 @@ def private_files_stay_private(tree):
                 continue
             private = [index for index, part in enumerate(parts) if part.startswith("_")]
             own = private and Path(path).parent.parts == tuple(parts[1 : private[0]]) and private[0] > 2
-            shared = parts[2] in ("_tl", "_potentials") and path.startswith("kernels/")
+            shared = parts[2] in ("_tl", "_potentials", "_contrast", "_strips") and path.startswith("kernels/")
             library = parts[2] == "_C" and path == "kernels/extension.py"
             if private and not (own or shared or library):
                 found.append(f"{path}: imports {name}, private to its folder")

@@ -2,7 +2,6 @@
 #include "soft_xent_cpu.h"
 
 #include "../library.h"
-#include "../potentials_cpu.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -12,25 +11,13 @@ namespace {
 
 template <typename T>
 const SoftXentKernels<T>& kernels() {
-  const SoftXentKernelSet* set = &DEFAULT::soft_xent_kernels;
-#ifdef FUSEER_X86_SIMD
-  if (instruction_set() == InstructionSet::avx512) {
-    set = &AVX512::soft_xent_kernels;
-  } else if (instruction_set() == InstructionSet::avx2) {
-    set = &AVX2::soft_xent_kernels;
-  }
-#endif
-  if constexpr (std::is_same_v<T, float>) {
-    return set->of_float;
-  } else {
-    return set->of_double;
-  }
+  return of_type<T>(FUSEER_CHOSEN_KERNELS(soft_xent_kernels));
 }
 
 // A matrix whose rows are in one piece, by pointer.
 struct Matrix {
   explicit Matrix(const at::Tensor& x)
-      : tensor(x.size(-1) > 1 && x.stride(-1) != 1 ? x.contiguous() : x),
+      : tensor(rows_in_one_piece(x)),
         data(static_cast<const char*>(tensor.const_data_ptr())),
         type(score_type(tensor, "soft_xent")),
         stride(tensor.stride(0) * tensor.element_size()) {}
@@ -58,7 +45,7 @@ struct Options {
     std::fill(center.begin() + k, center.end(), -kAbsent<T>);
   }
   double weight_of(int64_t n) const { return weight.defined() ? weight.const_data_ptr<T>()[n] : 1.0; }
-  int64_t grain() const { return 1 + 16384 / k; }
+  int64_t grain() const { return 1 + kThreadScores / k; }
   int64_t k;
   std::vector<T> center;
   Sharpening<T> sharpening;

@@ -1,6 +1,7 @@
 // What does one thread do with one row of logits and its target? Declared once per instruction set, defined in soft_xent_cpu_simd.cpp.
 #pragma once
 
+#include "../instruction_set.h"
 #include "../rows.h"
 
 namespace fuseer {
@@ -38,16 +39,6 @@ struct SoftXentKernelSet {
   SoftXentKernels<double> of_double;
 };
 
-namespace DEFAULT {
-extern const SoftXentKernelSet soft_xent_kernels;
-}
-#ifdef FUSEER_X86_SIMD
-namespace AVX2 {
-extern const SoftXentKernelSet soft_xent_kernels;
-}
-namespace AVX512 {
-extern const SoftXentKernelSet soft_xent_kernels;
-}
-#endif
+FUSEER_DECLARE_KERNELS(SoftXentKernelSet, soft_xent_kernels)
 
 }  // namespace fuseer

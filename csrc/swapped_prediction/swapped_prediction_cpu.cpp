@@ -11,23 +11,9 @@
 namespace fuseer {
 namespace {
 
-const SwappedKernelSet& kernel_set() {
-#ifdef FUSEER_X86_SIMD
-  switch (instruction_set()) {
-    case InstructionSet::avx512:
-      return AVX512::swapped_kernels;
-    case InstructionSet::avx2:
-      return AVX2::swapped_kernels;
-    default:
-      break;
-  }
-#endif
-  return DEFAULT::swapped_kernels;
-}
-
 template <typename T>
 const SwappedKernels<T>& kernels(ScoreType type) {
-  const SwappedKernelSet& set = kernel_set();
+  const SwappedKernelSet& set = FUSEER_CHOSEN_KERNELS(swapped_kernels);
   if constexpr (std::is_same_v<T, double>) {
     return set.of_f64;
   } else {
@@ -53,10 +39,6 @@ struct Crops {
   const char* data;
   int64_t item, v, b, k, crop_stride, row_stride;
 };
-
-at::Tensor rows_in_one_piece(const at::Tensor& scores) {
-  return scores.size(-1) > 1 && scores.stride(-1) != 1 ? scores.contiguous() : scores;
-}
 
 // One image's codes, and what each of its crops is charged with: the sum of the codes of the assign crops other than itself.
 template <typename T>
@@ -106,7 +88,6 @@ class Targets {
 };
 
 int64_t images_of_a_thread(const Crops& crops) {
-  constexpr int64_t kThreadScores = 16384;
   return 1 + kThreadScores / (crops.v * crops.k);
 }
 

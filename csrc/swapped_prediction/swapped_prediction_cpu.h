@@ -31,16 +31,6 @@ struct SwappedKernelSet {
   SwappedKernels<double> of_f64;
 };
 
-namespace DEFAULT {
-extern const SwappedKernelSet swapped_kernels;
-}
-#ifdef FUSEER_X86_SIMD
-namespace AVX2 {
-extern const SwappedKernelSet swapped_kernels;
-}
-namespace AVX512 {
-extern const SwappedKernelSet swapped_kernels;
-}
-#endif
+FUSEER_DECLARE_KERNELS(SwappedKernelSet, swapped_kernels)
 
 }  // namespace fuseer

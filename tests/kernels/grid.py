@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import importlib
-import inspect
 import os
 from dataclasses import dataclass
 
@@ -58,12 +57,12 @@ class Trial:
         return testing.verdicts(self.call, reference(self.op), self.case, self.dtype, self.differentiable, arguments, self.device)
 
     def pooled_verdicts(self, lay=lambda arguments: arguments):
-        """The verdicts, of a small case on several draws side by side: of a handful of roundings luck would make the largest."""
+        """The verdicts, where few numbers are asked for on several draws side by side: of a handful of roundings luck makes the largest."""
         every = [
             testing.compared(
                 self.call, reference(self.op), self.case, self.dtype, self.differentiable, lay(self.arguments(seed)), self.device, seed
             )
-            for seed in range(1 if elements(self.case) > POOLED_ELEMENTS else 4)
+            for seed in range(1 if elements(self.case, self.differentiable) > POOLED_ELEMENTS else 4)
         ]
         pools = {name: [torch.cat([found[name][i].flatten() for found in every]) for i in range(3)] for name in every[0]}
         return {name: testing.error_vs_eager(*pool) for name, pool in pools.items()}
@@ -76,8 +75,13 @@ class Trial:
         return {r.name or "out": x for r, x in zip(raw_op._schema.returns, returned, strict=True)}
 
     def raw_verdicts(self, actual=None):
-        """{output: Verdict} of everything the raw forward op returns; statistics column by column, for their sizes differ."""
+        """{output: Verdict} of everything the raw forward op returns; statistics column by column, for their sizes differ.
+
+        A gradient that the forward makes is judged in the dtype in which it reaches the caller, the input's.
+        """
         actual = self.raw() if actual is None else actual
+        made = {f"d{name}" for name in self.differentiable}
+        actual = {name: x.to(self.dtype) if name in made else x for name, x in actual.items()}
 
         def run(dtype):
             return self.raw(with_tensors(self.arguments(), lambda x: x.to(dtype)), "reference")
@@ -108,8 +112,9 @@ def reference(op):
 
 
 def raw_arguments(op, arguments):
-    """The raw op's arguments: reference.py's, in its order."""
-    return tuple({**arguments, "group_name": ""}[name] for name in inspect.signature(reference(op)).parameters)
+    """The raw op's arguments: the case's, in the order of the schema; alone, with the gradient where the raw op makes it."""
+    known = {"group_name": "", "gradient": True, "same_rows": False, **arguments}
+    return tuple(known[argument.name] for argument in part(op, "op").RAW["reference"]._schema.arguments)
 
 
 def refusal(op, impl, arguments):
@@ -138,8 +143,10 @@ def first(op):
     return telling(op)[:1]
 
 
-def elements(case):
-    return sum(x.numel() for x in case.build(torch.Generator()).values() if isinstance(x, torch.Tensor))
+def elements(case, names=()):
+    """Numbers in the case's tensors, or in those of the names given."""
+    built = case.build(torch.Generator())
+    return sum(x.numel() for name, x in built.items() if isinstance(x, torch.Tensor) and (not names or name in names))
 
 
 def trials(dtypes=DTYPES, chosen=cases):
@@ -175,19 +182,27 @@ def over(found):
 
 
 def with_tensors(arguments, change):
-    return {name: change(x) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    """The arguments with every tensor changed that is no index."""
+    return {name: change(x) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in arguments.items()}
 
 
 def resized(case, sizes, scale=1.0):
-    """The case with every axis of length n made sizes[n] long, filled anew, uniform over the old range times `scale`."""
+    """The case with every axis of length n made sizes[n] long, filled anew, uniform over the old range times `scale`.
+
+    An index points into the rows of whichever tensor has the fewest.
+    """
 
     def build(generator):
         def fill(x):
-            low, high = (x.min(), x.max()) if x.numel() else (-1.0, 1.0)
             shape = [sizes.get(size, size) for size in x.shape]
+            if not x.is_floating_point():
+                return torch.randint(fewest, shape, generator=generator)
+            low, high = (x.min(), x.max()) if x.numel() else (-1.0, 1.0)
             return (torch.rand(shape, dtype=torch.float64, generator=generator) * (high - low) + low) * scale
 
-        return with_tensors(case.build(generator), fill)
+        built = case.build(generator)
+        fewest = max(1, min((sizes.get(len(x), len(x)) for x in built.values() if isinstance(x, torch.Tensor)), default=1))
+        return {name: fill(x) if isinstance(x, torch.Tensor) else x for name, x in built.items()}
 
     return Case(f"{case.name} with {sizes}", build)
 
@@ -198,6 +213,11 @@ def lengths(case):
     leading = {n for shape in shapes for n in shape[:-2]}
     last = {shape[-1] for shape in shapes if len(shape) > 1} - leading
     return sorted({n for shape in shapes for n in shape} - leading - last), sorted(last)
+
+
+def pointed_at(case):
+    """Whether one of the case's tensors is an index, which needs rows to point at."""
+    return any(isinstance(x, torch.Tensor) and not x.is_floating_point() for x in case.build(torch.Generator()).values())
 
 
 def every_other(x):

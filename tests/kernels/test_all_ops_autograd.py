@@ -67,16 +67,16 @@ class Held(torch.autograd.Function):
 
 @over(differentiable(trials(dtypes=(torch.float64,), chosen=small)))
 def test_gradcheck(trial):
-    (name,) = trial.differentiable
     arguments = trial.arguments()
+    for name in trial.differentiable:
 
-    def op(x):
-        return trial.call(**{**arguments, name: x})
+        def op(x, name=name):
+            return trial.call(**{**arguments, name: x})
 
-    value = HELD[trial.op](arguments) if trial.op in HELD else op
-    x = arguments[name].clone().requires_grad_()
-    torch.testing.assert_close(value(x), op(x), rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda x: Held.apply(value, op, x), x)
+        value = HELD[trial.op](arguments) if trial.op in HELD else op
+        x = arguments[name].clone().requires_grad_()
+        torch.testing.assert_close(value(x), op(x), rtol=1e-12, atol=1e-12)
+        assert torch.autograd.gradcheck(lambda x, value=value, op=op: Held.apply(value, op, x), x)
 
 
 @over(differentiable(trials(chosen=quick)))
@@ -103,18 +103,18 @@ def test_no_grad_and_inference_mode_give_the_same_and_record_nothing(trial):
 @over(differentiable(trials(chosen=first if INTERPRETED else telling)))
 def test_loss_scaling_scales_the_gradient(trial):
     """By 2^16: to the bit where that is exact; in float16 as the reference does where the plain gradient would have underflown."""
-    (name,) = trial.differentiable
+    name = trial.differentiable[0]
     leaves, out, dout, arguments = recorded(trial)
-    (plain,) = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    plain = torch.autograd.grad(out, leaves, dout, retain_graph=True)[0]
     if trial.dtype != torch.float16:
-        (scaled,) = torch.autograd.grad(out, leaves, dout * 2**16)
+        scaled = torch.autograd.grad(out, leaves, dout * 2**16)[0]
         normal = plain.abs() > torch.finfo(plain.dtype).tiny * 2**10
         assert normal.any()
         assert torch.equal(scaled[normal], plain[normal] * 2**16)
         return
     # A float16 gradient of dout * 2^-20 is subnormal: scaling it after it was rounded would show.
-    tiny = dout * 2.0**-20
-    (scaled,) = torch.autograd.grad(out, leaves, tiny * 2**16)
+    tiny = dout * 2.0**-20 / plain.abs().max().clamp_min(1).item()
+    scaled = torch.autograd.grad(out, leaves, tiny * 2**16)[0]
     assert not scaled.isinf().any()
     truth, eager = (scaled_by_the_reference(trial, arguments, name, tiny, dtype) for dtype in (torch.float64, torch.float32))
     assert (truth.abs() < 2.0**-14 * 2**16).all()
@@ -129,13 +129,18 @@ def scaled_by_the_reference(trial, arguments, name, dout, dtype):
 
 
 @over(differentiable(trials((torch.float32,), quick)))
-def test_inputs_changed_before_the_backward_pass_are_refused(trial):
+def test_inputs_changed_before_the_backward_pass_are_refused_or_do_not_matter(trial):
+    """Refused where the backward pass reads its inputs again; without effect where the forward has made the gradient."""
     for name in trial.differentiable:
         leaves, out, dout, arguments = recorded(trial, changed=True)
+        expected = torch.autograd.grad(out, leaves, dout, retain_graph=True)
         with torch.no_grad():
             arguments[name].mul_(2)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            torch.autograd.grad(out, leaves, dout)
+        if hasattr(trial.module, "RAW_BACKWARD"):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(out, leaves, dout)
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(out, leaves, dout), expected, strict=True))
 
 
 @over(differentiable(trials((torch.float32,), quick)))
@@ -147,15 +152,16 @@ def test_the_gradient_of_an_expanded_or_broadcast_cotangent(trial):
         (lambda x: x.flatten()[::2].sum(), lambda x: (torch.arange(x.numel()) % 2 == 0).to(x).view(x.shape)),
     ):
         leaves, out, _, _ = recorded(trial)
-        (found,) = torch.autograd.grad(reduce(out), leaves)
-        (expected,) = torch.autograd.grad(trial.call(**{**arguments, trial.differentiable[0]: leaves[0]}), leaves, dense(out))
-        assert torch.equal(found, expected)
+        found = torch.autograd.grad(reduce(out), leaves)
+        again = dict(zip(trial.differentiable, leaves, strict=True))
+        expected = torch.autograd.grad(trial.call(**{**arguments, **again}), leaves, dense(out))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @over(differentiable(trials(dtypes=(torch.float32,), chosen=first)))
 def test_a_second_derivative_is_refused(trial):
     leaves, out, dout, _ = recorded(trial)
-    (grad,) = torch.autograd.grad(out, leaves, dout.requires_grad_(), create_graph=True)
+    grad = torch.autograd.grad(out, leaves, dout.requires_grad_(), create_graph=True)[0]
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -176,5 +182,5 @@ def test_gradients_flow_where_promised_and_nowhere_else(trial):
     if trial.differentiable:
         out.sum().backward()
     for name, x in arguments.items():
-        if isinstance(x, torch.Tensor):
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
             assert (x.grad is not None) == (name in trial.differentiable), name

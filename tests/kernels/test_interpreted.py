@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 # the op tests pick the Triton backends up by themselves there; of the files about one op, what bears the backend's name runs
 FILES = {
     "interpreted.py": "",
+    "interpreted_contrast.py": "",
     "test_all_ops.py": "",
     "test_sinkhorn.py": "triton",
     "test_ranks.py": "",
