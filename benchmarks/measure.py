@@ -2,6 +2,7 @@
 
 import ctypes
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -56,11 +57,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class Work:
-    """What no implementation avoids: bytes read and written, exponentials, multiply-adds."""
+    """What no implementation avoids: bytes read and written, exponentials, multiply-adds; apart, those of products of bfloat16 matrices."""
 
     bytes: int
     exponentials: int
     multiply_adds: int
+    half_products: int = 0
 
 
 def timed(programs, control, *, repeats, seconds_of, attempts=ATTEMPTS):
@@ -145,7 +147,8 @@ def copy_program(moved, device):
 
 
 def rates(device):
-    """Billions a second on this machine, best of several: bytes copied, multiply-adds of a matrix product, exponentials in cache."""
+    """Billions a second on this machine, best of several: bytes copied, multiply-adds of a matrix product (and of one in bfloat16),
+    exponentials in cache."""
     seconds_of = stopwatch(device)
 
     def best(program, repeats=25):
@@ -155,7 +158,9 @@ def rates(device):
     if device == "cpu":
         a, c = torch.rand(1024, 1024), torch.empty(1024, 1024)
         x, y = torch.linspace(-3, 3, 2**17), torch.empty(2**17)
-        found["fma_g_s"] = round(2**30 / best(lambda: torch.mm(a, a, out=c)) / 1e9, 1)
+        for name, dtype in (("fma_g_s", torch.float32), ("bf16_fma_g_s", torch.bfloat16)):
+            a, c = a.to(dtype), c.to(dtype)
+            found[name] = round(2**30 / best(functools.partial(torch.mm, a, a, out=c)) / 1e9, 1)
         found["exp_g_s"] = round(2**17 / best(lambda: torch.exp(x, out=y), 50) / 1e9, 2)
     return found
 
@@ -164,7 +169,8 @@ def arithmetic_seconds(work, found):
     """The multiply-adds of the work at the measured rate, an exponential counted as eight; None where no rate was measured."""
     if "fma_g_s" not in found:
         return None
-    return (work.multiply_adds + MULTIPLY_ADDS_PER_EXP * work.exponentials) / (1e9 * found["fma_g_s"])
+    plain = (work.multiply_adds + MULTIPLY_ADDS_PER_EXP * work.exponentials) / found["fma_g_s"]
+    return (plain + work.half_products / found.get("bf16_fma_g_s", found["fma_g_s"])) / 1e9
 
 
 def extra_memory(program, device):
@@ -196,6 +202,31 @@ def extra_memory(program, device):
     return min(found)
 
 
+def too_large(needed, device):
+    """Why a program that takes `needed` bytes is not started here, where it would be killed, in words; None where it fits, or nobody tells.
+
+    A fifth of the free memory is left to what the estimate forgets and to the other processes.
+    """
+    free = _free_memory(device)
+    if free is None or needed <= 0.8 * free:
+        return None
+    return f"needs {needed / 1e9:.2g} GB, {free / 1e9:.2g} GB are free"
+
+
+def _free_memory(device):
+    """Bytes that a program may still take: of the GPU, else what Linux calls available, and no more than the control group allows."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    listing = Path("/proc/meminfo")
+    if not listing.is_file():
+        return None
+    free = next(1024 * int(line.split()[1]) for line in listing.read_text().splitlines() if line.startswith("MemAvailable"))
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
 def _peak_resident():
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
@@ -220,7 +251,8 @@ def operations(program, device):
 def _works(event):
     if event.name.startswith("fuseer::"):
         return True
-    inner = any(child.name.startswith(("aten::", "fuseer::")) for child in event.cpu_children)
+    # a matrix product does its own work, and only looks at its operands by this operator
+    inner = any(child.name.startswith(("aten::", "fuseer::")) and child.name != "aten::resolve_conj" for child in event.cpu_children)
     return event.name.startswith("aten::") and not inner and event.name not in MOVE_NOTHING
 
 
@@ -266,7 +298,7 @@ def processor():
 
 def quantiles(seconds):
     """p20, p50, p80 in milliseconds."""
-    fifths = statistics.quantiles(seconds, n=5, method="inclusive")
+    fifths = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else seconds * 4
     found = {"p20_ms": fifths[0], "p50_ms": statistics.median(seconds), "p80_ms": fifths[3]}
     return {name: float(f"{1e3 * value:.4g}") for name, value in found.items()}
 
@@ -274,11 +306,12 @@ def quantiles(seconds):
 def rows(op, case, timing, *, kinds, work, machine):
     """One result per program: times, `speedup` over the fastest eager or compiled program, and the share of the floor it reaches.
 
-    kinds: {program: "eager", "compile", "third party", "ours" or "floor"}; the floor's program is a copy of the bytes that must move,
-    and the bound is that copy or, where longer, the arithmetic.
+    kinds: {program: "eager", "compile", "third party", "ours", "bound" or "floor"}; the floor's program is a copy of the bytes that must
+    move, and the bound is that copy or, where longer, the arithmetic. A program of kind "bound" is a part of the work that nobody
+    avoids; `against` has the time of each other program over this one's, so against["two_gemms"] is the share of that bound reached.
     """
     medians = {name: statistics.median(seconds) for name, seconds in timing.seconds.items()}
-    baseline = min(medians[name] for name in medians if kinds[name] in ("eager", "compile"))
+    baseline = min((medians[name] for name in medians if kinds[name] in ("eager", "compile")), default=None)
     copied = medians[next(name for name in medians if kinds[name] == "floor")]
     arithmetic = arithmetic_seconds(work, machine) or 0.0
     floor, bound = max((copied, "memory"), (arithmetic, "arithmetic"))
@@ -300,7 +333,10 @@ def rows(op, case, timing, *, kinds, work, machine):
             "program": name,
             "kind": kinds[name],
             **quantiles(timing.seconds[name]),
-            "speedup": float(f"{baseline / medians[name]:.3g}"),
+            "speedup": None if baseline is None else float(f"{baseline / medians[name]:.3g}"),
+            "against": {
+                other: float(f"{medians[other] / medians[name]:.3g}") for other in medians if kinds[other] not in (kinds[name], "floor")
+            },
             "of_floor": float(f"{floor / medians[name]:.3g}"),
             **shared,
             **machine,
@@ -308,6 +344,12 @@ def rows(op, case, timing, *, kinds, work, machine):
         for name in medians
         if kinds[name] != "floor"
     ]
+
+
+def missing(op, case, name, kind, why, machine):
+    """The result of a program that was not run, and why."""
+    times = dict.fromkeys(("p20_ms", "p50_ms", "p80_ms", "speedup", "of_floor", "operations", "extra_mb"))
+    return {"op": op, **case, "program": name, "kind": kind, "not_run": why, **times, "preferred": False, **machine}
 
 
 def store(name, found, place=("op", "case", "device", "threads"), folder=None):

@@ -23,6 +23,10 @@ TITLES = {
     ("sinkhorn", "N"): ("sinkhorn", "N rows, 3000 prototypes"),
     ("swapped_prediction", "K"): ("swapped_prediction, forward + backward", "K prototypes, 8 crops of 64 images"),
     ("swapped_prediction", "B"): ("swapped_prediction, forward + backward", "B images, 8 crops, 3000 prototypes"),
+    ("nt_xent", "N"): ("nt_xent, forward + backward", "2N rows of width 128"),
+    ("nt_xent", "D"): ("nt_xent, forward + backward", "width D, 2,048 rows"),
+    ("info_nce", "Q"): ("info_nce, forward + backward", "Q keys of width 128, 256 queries"),
+    ("info_nce", "N"): ("info_nce, forward + backward", "N queries, 65,536 keys of width 128"),
 }
 
 
@@ -47,7 +51,8 @@ def _panel(axis, panel, rows):
     title, label = TITLES.get(panel, (panel[0], panel[1]))
     ends = []
     for kind, (colour, width, dashes, name) in STYLES.items():
-        points = sorted((row["size"], row["p50_ms"]) for row in rows if row["kind"] == kind and (kind != "ours" or row["preferred"]))
+        drawn = (row for row in rows if row["kind"] == kind and "not_run" not in row and (kind != "ours" or row["preferred"]))
+        points = sorted((row["size"], row["p50_ms"]) for row in drawn)
         if not points:
             continue
         sizes, times = zip(*points, strict=True)

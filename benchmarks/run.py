@@ -6,7 +6,6 @@
 import contextlib
 import functools
 import importlib
-import inspect
 import logging
 import subprocess
 import sys
@@ -39,7 +38,8 @@ def reference(op):
 
 def backends(op, arguments):
     """The backends that take these arguments, the preferred one first."""
-    raw = tuple({**arguments, "group_name": ""}[name] for name in inspect.signature(reference(op)).parameters)
+    given = {**arguments, "group_name": "", "same_rows": False, "gradient": True}
+    raw = tuple(given[argument.name] for argument in part(op, "op").RAW["reference"]._schema.arguments)
     named = [(dispatch.backend_of(impl), impl) for impl in part(op, "op").IMPLS]
     return [name for name, impl in named if name == "reference" or impl.unsupported(*raw) is None]
 
@@ -48,11 +48,29 @@ def ours(op, backend):
     return functools.partial(getattr(functional, op), backend=backend)
 
 
+def published(op):
+    return importlib.import_module(f"benchmarks.kernels.{op}")
+
+
+def too_large(op, arguments, device):
+    """{program: why it is not run}, of those whose memory the op's needs() foretells and this machine has not."""
+    needs = getattr(published(op), "needs", lambda arguments: {})(arguments)
+    found = {name: measure.too_large(size, device) for name, size in needs.items()}
+    # the verdict runs it in float64 too
+    found["truth"] = measure.too_large(2 * needs.get("reference", 0), device)
+    return {name: why for name, why in found.items() if why is not None}
+
+
 def believe(op, case, device):
-    """Raises Wrong unless every backend that takes the case holds the verdict on it, at its very shape and dtype."""
-    differentiable = part(op, "cases").DIFFERENTIABLE
-    for backend in backends(op, inputs(case, case.dtype, device=device)):
-        found = verdicts(ours(op, backend), reference(op), case, case.dtype, differentiable, device=device)
+    """Raises Wrong unless every backend that takes the case holds the verdict on it, at its very shape and dtype.
+
+    Judged by the reference, or where that does not fit by the op's oracle(): the same in strips.
+    """
+    differentiable, arguments = part(op, "cases").DIFFERENTIABLE, inputs(case, case.dtype, device=device)
+    absent = too_large(op, arguments, device)
+    judge = published(op).oracle if "truth" in absent else reference(op)
+    for backend in (name for name in backends(op, arguments) if name not in absent):
+        found = verdicts(ours(op, backend), judge, case, case.dtype, differentiable, device=device)
         for name, verdict in found.items():
             if not verdict:
                 raise Wrong(f"{op} {case.name}: backend {backend} is wrong, so nothing is timed: {name} {verdict}")
@@ -62,12 +80,12 @@ def scalar(out):
     return out.mean() if out.dim() else out
 
 
-def same_function(op, case, name, function, arguments):
-    """Raises Wrong where a program that we compare ourselves with computes something else."""
+def same_function(op, case, name, function, given, ours_on):
+    """Raises Wrong where a program that we compare ourselves with computes, on what it is given, something else than ours."""
     differentiable = part(op, "cases").DIFFERENTIABLE
     reduced = scalar if differentiable else torch.Tensor.clone
-    theirs = outputs(lambda **given: reduced(function(**given)).squeeze(), arguments, differentiable)
-    own = outputs(lambda **given: reduced(ours(op, "reference")(**given)).squeeze(), arguments, differentiable)
+    theirs = outputs(lambda **given: reduced(function(**given)).squeeze(), given, differentiable)
+    own = outputs(lambda **given: reduced(ours_on[0](**given)).squeeze(), ours_on[1], differentiable)
     allowed = 1e-2 if case.dtype in dispatch.HALF else 1e-3
     for output, value in own.items():
         off = ((theirs[output] - value).double().norm() / value.double().norm()).item()
@@ -102,25 +120,35 @@ def graphed(program):
 
 
 def programs(op, case, arguments, device, with_compile):
-    """({name: program}, {name: kind}): the official formulation, its compiled forms, what is installed, and every backend of ours."""
-    module, differentiable = importlib.import_module(f"benchmarks.kernels.{op}"), part(op, "cases").DIFFERENTIABLE
+    """({name: program}, {name: kind}, {name: why it is not run}): the official formulation, its compiled forms, what is installed,
+    every backend of ours, and the parts of the work that nobody avoids.
+
+    The published ones are given what the op's prepared() makes of the arguments, where it has one.
+    """
+    module, differentiable, own = published(op), part(op, "cases").DIFFERENTIABLE, backends(op, arguments)
+    given = getattr(module, "prepared", dict)(arguments)
     functions, kinds = {"official": module.official}, {"official": "eager"}
     for name, function in installed(module, arguments).items():
         functions[name], kinds[name] = function, "third party"
+    absent = too_large(op, arguments, device)
+    judge = next(name for name in reversed(own) if name not in absent)
     for name, function in functions.items():
-        same_function(op, case, name, function, arguments)
+        if name not in absent:
+            same_function(op, case, name, function, given, (ours(op, judge), arguments))
     if with_compile:
         modes = {"compile": None, "reduce-overhead": "reduce-overhead"} if device != "cpu" else {"compile": None}
         for name, mode in modes.items():
             functions[name], kinds[name] = torch.compile(module.official, dynamic=False, mode=mode), "compile"
-    own = backends(op, arguments)
+    found = {name: called(function, given, differentiable) for name, function in functions.items()}
     for name in own:
-        functions[name], kinds[name] = ours(op, name), "ours"
-    found = {name: called(function, arguments, differentiable) for name, function in functions.items()}
+        found[name], kinds[name] = called(ours(op, name), arguments, differentiable), "ours"
     if device != "cpu":
         found["graph"], kinds["graph"] = graphed(found[own[0]]), "ours"
+    for name, program in getattr(module, "bounds", lambda arguments: {})(arguments).items():
+        found[name], kinds[name] = program, "bound"
     found["copy"], kinds["copy"] = measure.copy_program(module.work(arguments).bytes, device), "floor"
-    return found, kinds
+    absent = {name: why for name, why in absent.items() if name in found}
+    return {name: program for name, program in found.items() if name not in absent}, kinds, absent
 
 
 def installed(module, arguments):
@@ -140,12 +168,11 @@ def bench(op, cases, *, device="cpu", repeats=0, with_compile=True, with_memory=
     """(rows, rejected cases' sentences) of the op on the cases: believed, timed, and then weighed."""
     machine = {**measure.header(device), **measure.rates(device)}
     seconds_of, control = measure.stopwatch(device), measure.control_loop(device)
-    work = importlib.import_module(f"benchmarks.kernels.{op}").work
     found, kept, rejected = [], {}, []
     for case in cases:
         believe(op, case, device)
         arguments = inputs(case, case.dtype, device=device)
-        timed, kinds = programs(op, case, arguments, device, with_compile)
+        timed, kinds, absent = programs(op, case, arguments, device, with_compile)
         counted = {name: measure.operations(run, device) for name, run in timed.items() if device != "cpu" or kinds[name] != "compile"}
         rounds = measure.repeats_for(timed, seconds_of)
         try:
@@ -154,14 +181,16 @@ def bench(op, cases, *, device="cpu", repeats=0, with_compile=True, with_memory=
             rejected.append(f"{op} {case.name}: rejected: {error}")
             continue
         told = {"case": case.name, "shape": _shape(arguments), "dtype": str(case.dtype).removeprefix("torch.")}
-        rows = measure.rows(op, told, timing, kinds=kinds, work=work(arguments), machine=machine)
-        preferred = backends(op, arguments)[0]
+        rows = measure.rows(op, told, timing, kinds=kinds, work=published(op).work(arguments), machine=machine)
+        preferred = next(name for name in backends(op, arguments) if name not in absent)
         for row in rows:
             row.update(preferred=row["program"] == preferred, operations=counted.get(row["program"]))
+        rows += [measure.missing(op, told, name, kinds[name], why, machine) for name, why in absent.items()]
+        for row in rows:
             measure.say(_line(row))
         found += rows
         kept[case.name] = timed
-    for row in found if with_memory else ():
+    for row in (row for row in found if with_memory and "not_run" not in row):
         extra = measure.extra_memory(kept[row["case"]][row["program"]], device)
         row["extra_mb"] = None if extra is None else round(extra / 1e6, 2)
     return found, rejected
@@ -175,16 +204,19 @@ def _shape(arguments):
 
 
 def _line(row):
+    which = f"{row['op']:<19}{row['case']:<18}{row['program']:<16}"
+    if "not_run" in row:
+        return f"{which}– (not run: {row['not_run']})"
     quantiles = "  ".join(f"{name} {row[f'{name}_ms']:10.3f}" for name in ("p50", "p20", "p80"))
-    which = f"{row['op']:<19}{row['case']:<15}{row['program']:<16}"
-    return f"{which}{quantiles} ms  ×{row['speedup']:<7.3g}{row['of_floor']:6.1%} of the {row['bound']} floor"
+    speedup = "–" if row["speedup"] is None else f"×{row['speedup']:.3g}"
+    return f"{which}{quantiles} ms  {speedup:<8}{row['of_floor']:6.1%} of the {row['bound']} floor"
 
 
 def sweep(options):
     """Every op that has sweeps, along each letter; times only."""
     failed = []
     for op in OPS:
-        for letter, cases in importlib.import_module(f"benchmarks.kernels.{op}").sweeps().items():
+        for letter, cases in published(op).sweeps().items():
             sizes = {case.name: size for size, case in cases.items()}
             found, rejected = bench(op, list(cases.values()), device=options["device"], repeats=int(options["repeats"]), with_memory=False)
             for row in found:
@@ -202,9 +234,10 @@ def one_op(op, options):
         raise ValueError(f"bench {op}: case must be one of {names}; got {options['case']}")
     with_compile = options["compile"] == "true"
     found, rejected = bench(op, wanted, device=options["device"], repeats=int(options["repeats"]), with_compile=with_compile)
-    for row in found:
-        which = f"{row['op']:<19}{row['case']:<15}{row['program']:<16}"
-        measure.say(f"{which}extra memory {row['extra_mb']} MB, operations {row['operations']}")
+    for row in (row for row in found if "not_run" not in row):
+        which = f"{row['op']:<19}{row['case']:<18}{row['program']:<16}"
+        ratios = ", ".join(f"{name} ×{ratio:g}" for name, ratio in row["against"].items())
+        measure.say(f"{which}extra memory {row['extra_mb']} MB, operations {row['operations']}; {ratios}")
     if options["store"] == "true":
         measure.store(op, found)
     return rejected
