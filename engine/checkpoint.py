@@ -18,16 +18,23 @@ from torch import nn
 from fuseer.engine.distributed import Ranks
 
 FORMAT = 1
+TEACHER = "teacher.safetensors"
+NO_TEACHERS = nn.ModuleDict()
 
 
-def save(folder: Path, step: int, *, method: nn.Module, optimizer, ranks: Ranks, meta: dict, keep: int) -> Path:
+def save(
+    folder: Path, step: int, *, method: nn.Module, optimizer, ranks: Ranks, meta: dict, keep: int, teachers: nn.Module = NO_TEACHERS
+) -> Path:
     """Writes checkpoint `step` below `folder`; every rank must call.
 
     Parameters and optimizer state are gathered by name to rank 0. BatchNorm statistics that ranks hold differently are saved as their
-    mean; buffers named in `method.sharded` are joined in rank order. The newest `keep` checkpoints stay.
+    mean; buffers named in `method.sharded` are joined in rank order. `teachers` get a file of their own where there are any.
+    The newest `keep` checkpoints stay.
     """
+    taught = _gather_model(teachers, {}, ranks)
     tensors = {
-        "model.safetensors": _gather_model(method, ranks),
+        "model.safetensors": _gather_model(method, method.sharded, ranks),
+        **({TEACHER: taught} if taught else {}),
         "optimizer.safetensors": _gather_optimizer(method, optimizer, ranks),
         "rng.safetensors": _gather_rng(ranks),
     }
@@ -64,8 +71,10 @@ def latest(folder: Path) -> Path:
     return found[-1]
 
 
-def load(place: Path, *, method: nn.Module, optimizer, ranks: Ranks) -> dict:
-    """Takes weights, buffers, optimizer state, counters and (with as many ranks as before) the generators back; returns the meta data.
+def load(place: Path, *, method: nn.Module, optimizer, ranks: Ranks, teachers: nn.Module = NO_TEACHERS) -> dict:
+    """Takes weights, buffers, teachers, optimizer state, counters and (with as many ranks as before) the generators back.
+
+    Returns the meta data.
 
     Raises ValueError when a file is damaged or its names and shapes are not those of this model.
     """
@@ -74,8 +83,12 @@ def load(place: Path, *, method: nn.Module, optimizer, ranks: Ranks) -> dict:
         if _sha256(place / name) != facts["sha256"]:
             raise ValueError(f"checkpoint: {place / name} is damaged (its checksum differs); remove {place} to go back to the one before")
     model, states = load_file(place / "model.safetensors"), load_file(place / "optimizer.safetensors")
-    _compare(model, states, method, optimizer, place)
-    _scatter_model(model, method, ranks)
+    taught = load_file(place / TEACHER) if TEACHER in meta["files"] else {}
+    _compare(model, method.state_dict(), method.sharded, place)
+    _compare_teachers(taught, teachers, place)
+    _compare_optimizer(states, optimizer, place)
+    _scatter_model(model, method, method.sharded, ranks)
+    _scatter_model(taught, teachers, {}, ranks)
     _scatter_optimizer(model, states, method, optimizer)
     same_world = meta["world_size"] == ranks.world_size
     method.load_counters(meta["counters"], same_world)
@@ -100,13 +113,13 @@ def read_meta(place: Path) -> dict:
     return meta
 
 
-def _gather_model(method: nn.Module, ranks: Ranks) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for name, tensor in method.state_dict().items():
+def _gather_model(module: nn.Module, sharded: dict[str, int], ranks: Ranks) -> dict[str, torch.Tensor]:
+    tensors, buffers = {}, dict(module.named_buffers())
+    for name, tensor in module.state_dict().items():
         tensor = tensor.detach()
-        if name in method.sharded:
-            tensor = _join(tensor, method.sharded[name], ranks)
-        elif name in dict(method.named_buffers()) and tensor.is_floating_point() and ranks.world_size > 1:
+        if name in sharded:
+            tensor = _join(tensor, sharded[name], ranks)
+        elif name in buffers and tensor.is_floating_point() and ranks.world_size > 1:
             tensor = tensor.clone()
             dist.all_reduce(tensor)
             tensor /= ranks.world_size
@@ -147,14 +160,25 @@ def _gather_rng(ranks: Ranks) -> dict[str, torch.Tensor]:
     return {f"{name}.{rank}": row.clone() for name, rows in joined.items() for rank, row in enumerate(rows)}
 
 
-def _compare(model: dict[str, torch.Tensor], states: dict[str, torch.Tensor], method: nn.Module, optimizer, place: Path) -> None:
-    own = method.state_dict()
-    strange, missing = sorted(model.keys() - own.keys()), sorted(own.keys() - model.keys())
+def _compare(saved: dict[str, torch.Tensor], own: dict[str, torch.Tensor], sharded: dict[str, int], place: Path) -> None:
+    strange, missing = sorted(saved.keys() - own.keys()), sorted(own.keys() - saved.keys())
     if strange or missing:
         raise ValueError(f"checkpoint: {place} is of another model; it lacks {missing[:3]} and has {strange[:3]} besides")
-    for name, tensor in model.items():
-        if name not in method.sharded and tensor.shape != own[name].shape:
+    for name, tensor in saved.items():
+        if name not in sharded and tensor.shape != own[name].shape:
             raise ValueError(f"checkpoint: {name} is {list(tensor.shape)} in {place} and {list(own[name].shape)} in this model")
+
+
+def _compare_teachers(saved: dict[str, torch.Tensor], teachers: nn.Module, place: Path) -> None:
+    own = teachers.state_dict()
+    if bool(saved) != bool(own):
+        names = ", ".join(sorted({name.partition(".")[0] for name in saved or own}))
+        has, wants = ("a teacher", "none") if saved else ("no teacher", "one")
+        raise ValueError(f"checkpoint: {place} holds {has} and this method has {wants} ({names}); keep the method, or start anew")
+    _compare(saved, own, {}, place)
+
+
+def _compare_optimizer(states: dict[str, torch.Tensor], optimizer, place: Path) -> None:
     kinds = sorted({key.partition("/")[0] for key in states})
     if kinds != optimizer.state_names:
         raise ValueError(
@@ -163,11 +187,11 @@ def _compare(model: dict[str, torch.Tensor], states: dict[str, torch.Tensor], me
 
 
 @torch.no_grad()
-def _scatter_model(model: dict[str, torch.Tensor], method: nn.Module, ranks: Ranks) -> None:
-    for name, tensor in method.state_dict().items():
+def _scatter_model(model: dict[str, torch.Tensor], module: nn.Module, sharded: dict[str, int], ranks: Ranks) -> None:
+    for name, tensor in module.state_dict().items():
         saved = model[name]
-        if name in method.sharded:
-            dim = method.sharded[name]
+        if name in sharded:
+            dim = sharded[name]
             rows = tensor.shape[dim]
             if saved.shape[dim] < rows * ranks.world_size:
                 raise ValueError(

@@ -1,6 +1,7 @@
 """What can a run be told, and how is it told wrongly?"""
 
 import difflib
+import itertools
 import json
 from typing import Any, Literal, NamedTuple
 
@@ -39,7 +40,10 @@ class DataConfig(Config):
 
 
 class OptimConfig(Config):
-    """The update rule and its learning rate: linear warm-up start_lr → lr, then cosine lr → final_lr."""
+    """The update rule and its learning rate: linear warm-up start_lr → lr, then cosine lr → final_lr, or steps down at milestones.
+
+    Thin parameters are those of at most one dimension: norms and biases.
+    """
 
     name: Literal["larc", "sgd", "adamw"] = "larc"
     lr: float = Field(gt=0)
@@ -47,11 +51,39 @@ class OptimConfig(Config):
     final_lr: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
     warmup_epochs: float = Field(0.0, ge=0, description="added to warmup_steps once the number of images is known")
+    schedule: Literal["cosine", "step"] = "cosine"
+    per_epoch: bool = Field(False, description="the cosine is held within an epoch")
+    milestones_steps: tuple[int, ...] = Field((), description="schedule=step: lr · milestone_factor from each of these steps on")
+    milestones_epochs: tuple[float, ...] = Field((), description="the same in epochs; give one of the two")
+    milestone_factor: float = Field(0.1, gt=0)
     weight_decay: float = Field(1e-6, ge=0)
+    decay_thin: bool | None = Field(None, description="decay thin parameters too; none given: larc and sgd do, adamw does not")
+    adapt_thin: bool = Field(True, description="larc: thin parameters get a trust ratio too; SimCLR's and MoCo v3's LARS say false")
     momentum: float = Field(0.9, ge=0, lt=1)
     trust_coefficient: float = Field(0.001, gt=0)
     eps: float = Field(1e-8, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
+
+    @property
+    def decays_thin(self) -> bool:
+        return self.name != "adamw" if self.decay_thin is None else self.decay_thin
+
+    @model_validator(mode="after")
+    def _schedule_is_whole(self):
+        given = {name: getattr(self, name) for name in ("milestones_steps", "milestones_epochs") if getattr(self, name)}
+        if (self.schedule == "step") != (len(given) == 1):
+            raise ValueError(
+                f"schedule=step goes with one of milestones_steps and milestones_epochs, schedule=cosine with neither; got "
+                f"schedule={self.schedule} and {' and '.join(f'{name}={list(marks)}' for name, marks in given.items()) or 'no milestones'}"
+            )
+        for name, marks in given.items():
+            if marks[0] <= 0 or any(later <= earlier for earlier, later in itertools.pairwise(marks)):
+                raise ValueError(f"{name} must rise from above 0; got {list(marks)}")
+        if self.per_epoch and self.schedule == "step":
+            raise ValueError("per_epoch=true holds the cosine within an epoch; schedule=step has none: leave per_epoch out")
+        if not self.adapt_thin and self.name != "larc":
+            raise ValueError(f"adapt_thin=false is about the trust ratios of name=larc; {self.name} has none: leave adapt_thin out")
+        return self
 
 
 class KnnConfig(Config):
@@ -64,6 +96,15 @@ class KnnConfig(Config):
     image_size: int = Field(0, ge=0, description="0 = native size; otherwise resize to 8/7 of it and crop the centre")
 
 
+class LinearConfig(Config):
+    """The linear classifier that `fuseer eval linear` trains on the frozen network, where the data has labels."""
+
+    protocol: str = Field("swav", description="one of evaluate/linear.py's table, e.g. moco, simclr, dino; tiny for small images")
+    epochs: int | None = Field(None, ge=1, description="none given: the protocol's, as for the next two")
+    batch_size: int | None = Field(None, ge=1)
+    lr: float | None = Field(None, gt=0, description="at a batch of 256; it grows with batch_size as the protocol's does")
+
+
 class TrainConfig(Config):
     """Everything a pretraining run is made of. Its JSON is saved beside the run and prints back to the same object."""
 
@@ -73,6 +114,7 @@ class TrainConfig(Config):
     optim: OptimConfig
     data: DataConfig = DataConfig()
     knn: KnnConfig = KnnConfig()
+    linear: LinearConfig = LinearConfig()
     seed: int = Field(0, ge=0, lt=2**31)
     batch_size: int = Field(gt=0, description="images per optimizer step over all ranks and accumulation steps")
     steps: int = Field(0, ge=0, description="optimizer steps; give either steps or epochs")

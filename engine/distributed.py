@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fuseer.engine.config import TrainConfig
+from fuseer.kernels import dispatch
 
 TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -98,6 +99,17 @@ def norm_group(ranks: Ranks, size: int) -> dist.ProcessGroup | None:
         raise ValueError(f"model.sync_norm_ranks must divide the number of ranks, {ranks.world_size}; got {size}")
     groups = [dist.new_group(list(range(first, first + size))) for first in range(0, ranks.world_size, size)]
     return groups[ranks.rank // size]
+
+
+def gather_rows(
+    x: torch.Tensor, group: dist.ProcessGroup | None, *, same_rows: bool = False, counts: list[int] | None = None
+) -> tuple[torch.Tensor, list[int]]:
+    """x [n, ...] of every rank of `group` in rank order, [M, ...], and the ranks' counts; n may differ and be 0. No gradient.
+
+    `same_rows=True` promises equal n everywhere, `counts` gives what is known: either spares an exchange that waits for the device.
+    """
+    rows, counts, _ = dispatch.gather_rows(x.detach(), dispatch.group_name("gather_rows", group), same_rows, counts)
+    return rows, counts
 
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict:

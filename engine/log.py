@@ -68,13 +68,14 @@ class RunLog:
         if self._on:
             self._progress.update(self._task, completed=step)
 
-    def train(self, step: int, epoch: float, lr: float, values: dict[str, torch.Tensor]) -> None:
+    def train(self, step: int, epoch: float, lr: float, values: dict[str, torch.Tensor]) -> dict:
         """Writes one train record for the steps since the last; `values` are tensors reduced over ranks, "loss" among them.
 
+        Returns `values` as numbers on the first rank, nothing on the others.
         Raises RuntimeError when the loss is not finite: such a run cannot recover.
         """
         if not self._on:
-            return
+            return {}
         numbers = {key: value.tolist() for key, value in values.items()}
         now = time.perf_counter()
         spent = now - self._since
@@ -101,9 +102,10 @@ class RunLog:
             say(f"step {step}/{self._total}  {state}  left {left:.0f} s")
         if not math.isfinite(record["loss"]):
             raise RuntimeError(f"the loss is {record['loss']} at step {step}; lower optim.lr or lengthen the warm-up, and start anew")
+        return numbers
 
     def event(self, kind: str, step: int, **facts) -> None:
-        """Writes a record of any other kind: knn, resume, broken."""
+        """Writes a record of any other kind: knn, resume, broken, monitor."""
         if not self._on:
             return
         self._write({"kind": kind, "step": step, **facts})

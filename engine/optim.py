@@ -84,7 +84,7 @@ class SGD(Tags, torch.optim.SGD):
 
 
 class AdamW(Tags, torch.optim.AdamW):
-    """torch's AdamW, honouring tags; parameters of one dimension (norms, biases) are not decayed."""
+    """torch's AdamW, honouring tags."""
 
     def create_state(self, tensor: torch.Tensor, group: dict) -> None:
         state = self.state[tensor]
@@ -96,44 +96,52 @@ class AdamW(Tags, torch.optim.AdamW):
 class LARC(Tags, torch.optim.SGD):
     """SGD whose gradients are rescaled per tensor: g ← trust·|p|/(|g| + wd·|p| + eps)·(g + wd·p); 1·g where |p| or |g| is 0.
 
-    As SwAV and SEER use apex's LARC(clip=False): every parameter, biases and norms included. Norms are per tensor, so ZeRO must not
-    have flattened the parameters. No host sync. Source: methods of facebookresearch/swav main_swav.py; NVIDIA apex LARC.
+    As SwAV and SEER use apex's LARC(clip=False): every parameter, biases and norms included. In a group with `adapt` False the factor
+    is 1: g + wd·p. Norms are per tensor, so ZeRO must not have flattened the parameters. No host sync.
+    Source: methods of facebookresearch/swav main_swav.py; NVIDIA apex LARC.
     """
 
     create_state = SGD.create_state
 
     def __init__(self, params, *, trust_coefficient: float, eps: float, weight_decay: float, **sgd):
-        super().__init__(params, weight_decay=0.0, **sgd)
-        self.trust_coefficient, self.eps, self.decay = trust_coefficient, eps, weight_decay
+        super().__init__([{"adapt": True, "decay": weight_decay, **group} for group in params], weight_decay=0.0, **sgd)
+        self.trust_coefficient, self.eps = trust_coefficient, eps
 
     @torch.no_grad()
     def step(self, closure=None):
-        thawed = [group for group in self.param_groups if not getattr(group["tagged"], "frozen", False)]
-        live = [p for group in thawed for p in group["params"] if p.grad is not None]
-        if live:
-            grads = [p.grad for p in live]
-            p_norms = torch.stack(torch._foreach_norm(live))
-            g_norms = torch.stack(torch._foreach_norm(grads))
-            adapted = (p_norms > 0) & (g_norms > 0)
-            rates = self.trust_coefficient * p_norms / (g_norms + self.decay * p_norms + self.eps)
-            torch._foreach_add_(grads, torch._foreach_mul(live, (self.decay * adapted).unbind()))
-            torch._foreach_mul_(grads, torch.where(adapted, rates, 1.0).unbind())
+        for group in self.param_groups:
+            live = [p for p in group["params"] if p.grad is not None]
+            if live and not getattr(group["tagged"], "frozen", False):
+                self._rescale(live, [p.grad for p in live], group["decay"], group["adapt"])
         return super().step(closure)
+
+    def _rescale(self, live: list[torch.Tensor], grads: list[torch.Tensor], decay: float, adapt: bool) -> None:
+        if not adapt:
+            torch._foreach_add_(grads, live, alpha=decay)
+            return
+        p_norms = torch.stack(torch._foreach_norm(live))
+        g_norms = torch.stack(torch._foreach_norm(grads))
+        adapted = (p_norms > 0) & (g_norms > 0)
+        rates = self.trust_coefficient * p_norms / (g_norms + decay * p_norms + self.eps)
+        torch._foreach_add_(grads, torch._foreach_mul(live, (decay * adapted).unbind()))
+        torch._foreach_mul_(grads, torch.where(adapted, rates, 1.0).unbind())
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> SGD | AdamW | LARC:
-    """The configured optimizer over groups {name, params, tagged}: one for all plain weights (AdamW: a second one for those of one
-    dimension), and one for each tagged parameter, which ZeRO then keeps in a partition of its own."""
+    """The configured optimizer over groups {name, params, tagged}: one for all plain weights, a second one for the thin ones (at most
+    one dimension) where the configuration treats these otherwise, and one for each tagged parameter, which ZeRO then keeps in a
+    partition of its own."""
     plain, thin, tagged = [], [], []
+    apart = {} if config.decays_thin else {"decay" if config.name == "larc" else "weight_decay": 0.0}
+    apart |= {} if config.adapt_thin else {"adapt": False}
     for name, parameter in module.named_parameters():
+        is_thin = parameter.ndim <= 1 and bool(apart)
         if hasattr(parameter, "unit_rows") or hasattr(parameter, "frozen"):
-            tagged.append({"name": name, "params": [parameter], "tagged": parameter})
-        elif config.name == "adamw" and parameter.ndim <= 1:
-            thin.append(parameter)
+            tagged.append({"name": name, "params": [parameter], "tagged": parameter, **(apart if is_thin else {})})
         else:
-            plain.append(parameter)
+            (thin if is_thin else plain).append(parameter)
     groups = [{"name": "weights", "params": plain, "tagged": None}]
-    groups += [{"name": "norms and biases", "params": thin, "tagged": None, "weight_decay": 0.0}] if thin else []
+    groups += [{"name": "norms and biases", "params": thin, "tagged": None, **apart}] if thin else []
     groups += tagged
     if config.name == "adamw":
         return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)

@@ -29,11 +29,13 @@ from fuseer.engine.evaluate.probe import KnnProbe
 from fuseer.engine.log import RunLog, say
 from fuseer.engine.methods.method import Ground, Method
 from fuseer.engine.models.backbone import initial_backbone
+from fuseer.engine.monitor import Monitor
 from fuseer.engine.optim import build_optimizer, layout
-from fuseer.engine.schedule import warmup_cosine
+from fuseer.engine.schedule import warmup_cosine, warmup_milestones
+from fuseer.engine.teacher import Teachers
 
 # What may differ when a run goes on. The learning rate follows a new length; nothing else here changes what a step computes.
-FREE_ON_RESUME = {"steps", "epochs", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "knn", "zero_stage"}
+FREE_ON_RESUME = {"steps", "epochs", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "knn", "linear", "zero_stage"}
 FREE_DATA = {"path", "threads", "prefetch_batches", "max_broken_share"}
 PACKAGES = ("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "torchvision", "timm", "numpy", "safetensors")
 
@@ -45,6 +47,7 @@ class Run:
     config: TrainConfig
     ranks: Ranks
     method: Method
+    teachers: Teachers
     engine: object
     optimizer: torch.optim.Optimizer
     reader: Reader
@@ -66,7 +69,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> None:
     if ranks.is_first:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(config.to_json())
-        (out / "env.json").write_text(json.dumps(_environment(ranks), indent=2))
+        (out / "env.json").write_text(json.dumps(_environment(run), indent=2))
         say(_in_words(run))
     log = RunLog(out, first_rank=ranks.is_first, start=first, total=run.total_steps, images_per_step=config.batch_size)
     if resume:
@@ -91,24 +94,26 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
     source = open_source(config.data.path, split="train")
     index = SampleIndex(len(source), config.batch_size, config.seed, ranks.rank, ranks.world_size, config.accumulation_steps)
     reader = Reader(source, config.data.max_broken_share, config.seed)
-    method = build_method(config, ranks)
+    total = config.steps or max(1, round(config.epochs * index.steps_per_epoch))
+    method = build_method(config, ranks, total)
     optimizer = build_optimizer(method, config.optim)
     engine = distributed.initialize_deepspeed(method, optimizer, config, ranks.world_size)
     zero = engine.optimizer if config.zero_stage else None
     optimizer.bind(layout(method, zero), ranks.group, partitioned=zero is not None)
-    total = config.steps or max(1, round(config.epochs * index.steps_per_epoch))
+    teachers = Teachers(method)
     warmup = config.optim.warmup_steps + round(config.optim.warmup_epochs * index.steps_per_epoch)
     loader = build_loader(config, reader, index, method, ranks)
     torch.manual_seed(config.seed + ranks.rank)  # weights were equal on all ranks; what is random in training must not be
-    return Run(config, ranks, method, engine, optimizer, reader, loader, index, total, warmup)
+    return Run(config, ranks, method, teachers, engine, optimizer, reader, loader, index, total, warmup)
 
 
-def build_method(config: TrainConfig, ranks: Ranks) -> Method:
-    """The method with its backbone at initialisation, decided by the seed alone."""
+def build_method(config: TrainConfig, ranks: Ranks, total_steps: int = 0) -> Method:
+    """The method with its backbone at initialisation, decided by the seed alone; without its teachers."""
     norm_group = distributed.norm_group(ranks, config.model.sync_norm_ranks)
     backbone = initial_backbone(config, norm_group)
     batch = distributed.micro_batch(config, ranks.world_size)
-    return config.method.build(Ground(backbone, ranks.group, norm_group, ranks.rank, ranks.world_size, batch)).to(ranks.device)
+    ground = Ground(backbone, ranks.group, norm_group, ranks.rank, ranks.world_size, batch, total_steps)
+    return config.method.build(ground).to(ranks.device)
 
 
 def build_loader(config: TrainConfig, reader: Reader, index: SampleIndex, method: Method, ranks: Ranks) -> Loader:
@@ -135,6 +140,7 @@ def _loop(run: Run, out: Path, log: RunLog, first: int) -> None:
     probe = KnnProbe.where_labelled(config) if config.knn.every_steps and ranks.is_first else None
     batches = run.loader.batches(first * config.accumulation_steps)
     named: set[str] = set()
+    monitor = Monitor(run.method.chance_loss(), config.batch_size, run.warmup_steps, run.total_steps)
     run.method.train()
     run.method.after_step(first)
     for step in range(first, run.total_steps):
@@ -151,27 +157,46 @@ def _loop(run: Run, out: Path, log: RunLog, first: int) -> None:
             run.engine.step()
             loss += total.detach() / config.accumulation_steps
         done = step + 1
+        run.teachers.update(done)
         run.method.after_step(done)
         log.advance(done)
         if done % config.log_every_steps == 0 or done == run.total_steps:
-            log.train(done, done / run.index.steps_per_epoch, lr, {"loss": _mean(loss, ranks), **run.method.diagnostics()})
+            numbers = log.train(done, done / run.index.steps_per_epoch, lr, {"loss": _mean(loss, ranks), **run.method.diagnostics()})
+            for sign in monitor.observe(done, numbers):
+                say(f"step {done}: {sign.text}")
+                log.event("monitor", done, **sign._asdict())
             _name_broken(run, log, done, named)
         if done == run.total_steps or (config.checkpoint_every_steps and done % config.checkpoint_every_steps == 0):
-            meta = {"source": run.reader.source.fingerprint(), "images": len(run.reader.source)}
             with log.paused():
-                checkpoint.save(
-                    out / "ckpt", done, method=run.method, optimizer=run.optimizer, ranks=ranks, meta=meta, keep=config.keep_checkpoints
-                )
+                _save(run, out, done)
         if probe and (done % config.knn.every_steps == 0 or done == run.total_steps):
             with log.paused():
                 log.event("knn", done, accuracy=probe.accuracy(run.method.backbone, ranks.device))
 
 
-def _set_lr(run: Run, step: int) -> float:
-    optim = run.config.optim
-    lr = warmup_cosine(
-        step, total_steps=run.total_steps, warmup_steps=run.warmup_steps, start=optim.start_lr, peak=optim.lr, final=optim.final_lr
+def _save(run: Run, out: Path, step: int) -> None:
+    source = run.reader.source
+    checkpoint.save(
+        out / "ckpt",
+        step,
+        method=run.method,
+        teachers=run.teachers,
+        optimizer=run.optimizer,
+        ranks=run.ranks,
+        meta={"source": source.fingerprint(), "images": len(source)},
+        keep=run.config.keep_checkpoints,
     )
+
+
+def _set_lr(run: Run, step: int) -> float:
+    optim, epoch = run.config.optim, run.index.steps_per_epoch
+    rise = {"warmup_steps": run.warmup_steps, "start": optim.start_lr, "peak": optim.lr}
+    if optim.schedule == "step":
+        milestones = optim.milestones_steps or [round(at * epoch) for at in optim.milestones_epochs]
+        lr = warmup_milestones(step, **rise, milestones=milestones, factor=optim.milestone_factor)
+    else:
+        hold = epoch if optim.per_epoch else 0
+        lr = warmup_cosine(step, **rise, total_steps=run.total_steps, final=optim.final_lr, hold_steps=hold)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     return lr
@@ -233,7 +258,7 @@ def _take_back(run: Run, out: Path) -> int:
             f"resume: the images have changed since {place.name} ({meta['images']} then, {len(source)} now, or other names); "
             "the sample order would not go on; start a new run"
         )
-    checkpoint.load(place, method=run.method, optimizer=run.optimizer, ranks=run.ranks)
+    checkpoint.load(place, method=run.method, teachers=run.teachers, optimizer=run.optimizer, ranks=run.ranks)
     if meta["step"] >= run.total_steps:
         raise ValueError(f"resume: {out} is already at step {meta['step']} of {run.total_steps}; raise steps or epochs to train on")
     return meta["step"]
@@ -249,8 +274,8 @@ def _in_words(run: Run) -> str:
     )
 
 
-def _environment(ranks: Ranks) -> dict:
-    packages = {}
+def _environment(run: Run) -> dict:
+    ranks, packages, chance = run.ranks, {}, run.method.chance_loss()
     for name in PACKAGES:
         try:
             packages[name] = version(name)
@@ -265,4 +290,5 @@ def _environment(ranks: Ranks) -> dict:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "packages": packages,
+        **({} if chance is None else {"chance_loss": chance}),
     }

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-ORDER_STREAM = 0xFFFFFFFF  # the third counter word: views count up from 0, these two come from the top
+ORDER_STREAM = 0xFFFFFFFF  # the third counter word: views count up from 0, these three come from the top
 REPLACEMENT_STREAM = 0xFFFFFFFE
+SHUFFLE_STREAM = 0xFFFFFFFD
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -30,7 +31,7 @@ def words(seed: int, epoch: int, samples, stream: int, count: int) -> np.ndarray
     samples = np.asarray(samples, dtype=np.uint64).reshape(-1, 1)
     blocks = np.arange(-(-count // 4))
     drawn = philox4x32((samples & _LOW, samples >> _SHIFT, stream, blocks), (seed & 0xFFFFFFFF, epoch & 0xFFFFFFFF))
-    return drawn.transpose(1, 2, 0).reshape(len(samples), -1)[:, :count]
+    return drawn.transpose(1, 2, 0).reshape(len(samples), 4 * len(blocks))[:, :count]
 
 
 def uniforms(seed: int, epoch: int, samples, stream: int, count: int) -> np.ndarray:

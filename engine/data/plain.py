@@ -44,7 +44,7 @@ def plain_batches(
             for offset, image in enumerate(images):
                 if image.shape != images[0].shape:
                     raise ValueError(
-                        f"knn: {source.paths[first + offset]} is {image.shape[2]}x{image.shape[1]} pixels and others are "
-                        f"{images[0].shape[2]}x{images[0].shape[1]}; set knn.image_size to bring all to one size"
+                        f"data: {source.paths[first + offset]} is {image.shape[2]}x{image.shape[1]} pixels and others are "
+                        f"{images[0].shape[2]}x{images[0].shape[1]}; set knn.image_size, or give image_size=N, to bring all to one size"
                     )
             yield torch.stack(images), torch.tensor(labels)

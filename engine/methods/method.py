@@ -23,7 +23,8 @@ class Ground:
     """What the loop tells a method about where it runs: its backbone, its ranks, its share of the batch.
 
     `group` is None for a process alone; `norm_group` holds the ranks that share BatchNorm statistics, None where none do;
-    `batch_per_rank` counts images of one forward pass on one rank.
+    `batch_per_rank` counts images of one forward pass on one rank; `total_steps` the applied steps of the whole run, for schedules
+    of the method's own (0 where there is no run, as in an evaluation).
     """
 
     backbone: nn.Module
@@ -32,6 +33,7 @@ class Ground:
     rank: int
     world_size: int
     batch_per_rank: int
+    total_steps: int = 0
 
 
 class Method(nn.Module, ABC):
@@ -40,10 +42,13 @@ class Method(nn.Module, ABC):
     It never writes `p.data` or `p.grad`: under ZeRO the optimizer's fp32 copy would undo it. It tags parameters instead:
     `p.unit_rows = True` has the optimizer keep unit rows, `p.frozen = True` has it leave the parameter alone.
     Buffers are the same on every rank unless `sharded` names them with the dimension along which ranks hold different rows.
+    `teacher_of` maps an attribute to the submodule it is the moving average of: before training, `engine/teacher.py` puts a copy
+    there that requires no gradient, is no part of parameters() or state_dict(), and follows the student after every applied step.
     """
 
     backbone: nn.Module
     sharded: dict[str, int] = {}
+    teacher_of: dict[str, str] = {}
 
     @property
     @abstractmethod
@@ -57,8 +62,27 @@ class Method(nn.Module, ABC):
     def after_step(self, step: int) -> None:  # noqa: B027 - a method without schedules has nothing to do here
         """Called once before training and after every applied optimizer step; `step` counts applied steps."""
 
+    def teacher_momentum(self, step: int) -> float:
+        """m of teacher ← m · teacher + (1 - m) · student in the update after applied step `step` (1, 2, …), ahead of the next forward."""
+        raise NotImplementedError(f"{type(self).__name__} names teachers in teacher_of; it must say their momentum")
+
+    def train(self, mode: bool = True):
+        """As nn.Module.train, and the teachers follow."""
+        super().train(mode)
+        for name in self.teacher_of:
+            if name in self.__dict__:
+                self.__dict__[name].train(mode)
+        return self
+
+    def chance_loss(self) -> float | None:
+        """What `Loss.total` is, over all ranks, when no two images are told apart; None where no such number exists."""
+        return None
+
     def diagnostics(self) -> dict[str, torch.Tensor]:
-        """Tensors about the last forward pass, reduced over all ranks; called on every rank at log steps only."""
+        """Tensors about the last forward pass, reduced over all ranks; called on every rank at log steps only.
+
+        The monitor reads "embedding_std" (see the function of that name) and "prototypes_used" (where chance_loss is ln K).
+        """
         return {}
 
     def counters(self) -> dict[str, int]:
@@ -67,3 +91,18 @@ class Method(nn.Module, ABC):
 
     def load_counters(self, counters: dict[str, int], same_world: bool) -> None:  # noqa: B027
         """Takes `counters()` back; `same_world` is False when the number of ranks has changed since."""
+
+
+@torch.no_grad()
+def embedding_std(z: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """√D · mean over dimensions of the standard deviation over all rows of `group` of z / |z|; z [N, D], any N per rank, one scalar.
+
+    1 where the rows spread over the whole sphere, 0 where they have collapsed to one point.
+    """
+    unit = torch.nn.functional.normalize(z.float(), dim=1)
+    sums = torch.cat([unit.sum(0), unit.square().sum(0), unit.new_tensor([len(unit)])]).double()
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    D = z.shape[1]
+    mean, square = sums[:D] / sums[-1], sums[D:-1] / sums[-1]
+    return (square - mean.square()).clamp_min(0).sqrt().mean().mul(D**0.5).float()

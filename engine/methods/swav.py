@@ -5,6 +5,7 @@ Fused: codes, cross-entropy and its gradient (`fuseer.kernels.functional.swapped
 Official formulation: facebookresearch/swav main_swav.py.
 """
 
+import math
 from itertools import groupby
 from typing import Literal
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from fuseer.engine.config import MethodConfig
 from fuseer.engine.data.view import Batch, View
-from fuseer.engine.methods.method import Ground, Loss, Method
+from fuseer.engine.methods.method import Ground, Loss, Method, embedding_std
 from fuseer.engine.models.heads import ProjectionHead, Prototypes
 from fuseer.kernels.functional import swapped_prediction
 
@@ -82,7 +83,7 @@ class SwAV(Method):
         self.register_buffer("queue", torch.zeros(len(config.assign_crops), rows, config.embedding_width))
         self.queue_rows = 0
         self.step = 0
-        self._scores = None
+        self._z = self._scores = None
 
     @property
     def views(self):
@@ -105,15 +106,18 @@ class SwAV(Method):
             )
         if self.training and self.queue.shape[1] and self.step >= self.config.queue_start_step:
             self._enqueue(z.detach().unflatten(0, (V, B))[list(self.config.assign_crops)])
-        self._scores = scores.detach()
+        self._z, self._scores = z.detach(), scores.detach()
         return Loss(total, {})
 
     def after_step(self, step: int) -> None:
         self.step = step
 
+    def chance_loss(self) -> float:
+        return math.log(self.config.prototypes)
+
     @torch.no_grad()
     def diagnostics(self) -> dict[str, torch.Tensor]:
-        """Entropy (nats) of the mean softmax over all views and ranks, and how the argmax spreads over the prototypes."""
+        """Spread of the embeddings, entropy (nats) of the mean softmax over all views and ranks, and how the argmax spreads."""
         scores = self._scores.flatten(0, 1).float()
         mean = torch.softmax(scores / self.config.temperature, -1).sum(0)
         counts = torch.bincount(scores.argmax(-1), minlength=scores.shape[-1]).to(mean.dtype)
@@ -122,6 +126,7 @@ class SwAV(Method):
             dist.all_reduce(both, group=self.group)
         mean, counts = both / both.sum(1, keepdim=True).clamp_min(1)
         return {
+            "embedding_std": embedding_std(self._z, self.group),
             "prototype_entropy": -torch.xlogy(mean, mean).sum(),
             "prototypes_used": (counts > 0).sum(),
             "prototype_usage": counts.sort(descending=True).values[:USAGE_BARS],

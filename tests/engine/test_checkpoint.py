@@ -56,6 +56,14 @@ def trained(steps=3):
     return toy, optimizer
 
 
+def taught(width=4):
+    """Teachers as the engine hands them over: a module of copies, keyed by the teacher's name."""
+    torch.manual_seed(2)
+    key = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width))
+    key(torch.randn(8, 3))
+    return nn.ModuleDict({"key": key})
+
+
 def write(folder, toy, optimizer, *steps, keep=2):
     for step in steps:
         checkpoint.save(folder, step, method=toy, optimizer=optimizer, ranks=ALONE, meta={"source": "x"}, keep=keep)
@@ -115,6 +123,39 @@ def test_another_optimizer_is_refused(tmp_path):
     other, other_optimizer = made(name="sgd")
     with pytest.raises(ValueError, match="optimizer"):
         checkpoint.load(checkpoint.latest(tmp_path), method=other, optimizer=other_optimizer, ranks=ALONE)
+
+
+def test_teachers_come_back_from_a_file_of_their_own(tmp_path):
+    toy, optimizer = trained()
+    teachers = taught()
+    checkpoint.save(tmp_path, 1, method=toy, teachers=teachers, optimizer=optimizer, ranks=ALONE, meta={}, keep=2)
+    place = checkpoint.latest(tmp_path)
+    assert (place / "teacher.safetensors").is_file()
+    again = taught()
+    for tensor in again.state_dict().values():
+        tensor.zero_()
+    checkpoint.load(place, method=toy, teachers=again, optimizer=optimizer, ranks=ALONE)
+    for name, tensor in teachers.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert again["key"][0].weight.any() and again["key"][1].running_mean.any()
+
+
+def test_strange_or_missing_teachers_are_refused(tmp_path):
+    toy, optimizer = trained()
+    write(tmp_path, toy, optimizer, 1)
+    checkpoint.save(tmp_path, 2, method=toy, teachers=taught(), optimizer=optimizer, ranks=ALONE, meta={}, keep=2)
+    without, place = checkpoint.complete(tmp_path)
+    given = {"method": toy, "optimizer": optimizer, "ranks": ALONE}
+    with pytest.raises(ValueError, match=r"holds no teacher and this method has one \(key\)"):
+        checkpoint.load(without, teachers=taught(), **given)
+    with pytest.raises(ValueError, match=r"holds a teacher and this method has none \(key\)"):
+        checkpoint.load(place, **given)
+    with pytest.raises(ValueError, match=r"another model; it lacks \['teacher.0.bias'"):
+        checkpoint.load(place, teachers=nn.ModuleDict({"teacher": taught()["key"]}), **given)
+    with pytest.raises(ValueError, match=r"key.0.bias is \[4\] .* and \[5\]"):
+        checkpoint.load(place, teachers=taught(5), **given)
+    (place / "teacher.safetensors").unlink()
+    assert checkpoint.latest(tmp_path) == without, "a checkpoint without its teacher is not complete"
 
 
 def test_only_the_newest_are_kept(tmp_path):

@@ -41,6 +41,10 @@ def test_overrides_reach_every_depth(config):
         ("method.epsilon", "0", "method.epsilon"),
         ("optim.name", "lars", "optim.name: .*'larc', 'sgd' or 'adamw'"),
         ("precision", "fp8", "precision"),
+        ("optim.schedule", "linear", "optim.schedule: .*'cosine' or 'step'"),
+        ("optim.schedule", "step", "one of milestones_steps and milestones_epochs.*got schedule=step and no milestones"),
+        ("optim.milestones_epochs", "[120, 160]", "schedule=cosine with neither; got schedule=cosine and milestones_epochs=.120.0, 160.0"),
+        ("optim.adapt_thin", "false", "adapt_thin=false is about the trust ratios of name=larc; adamw has none"),
         ("steps", "0", "exactly one of steps and epochs"),
         ("zero_stage", "3", "zero_stage: .*less than or equal to 2.*got 3"),
     ],
@@ -48,6 +52,35 @@ def test_overrides_reach_every_depth(config):
 def test_mistakes_are_named(config, key, value, words):
     with pytest.raises(ValueError, match=words):
         apply_overrides(config, {key: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"milestones_steps": "[5]", "milestones_epochs": "[5]"}, "one of .*milestones_steps=.5. and milestones_epochs=.5.0."),
+        ({"milestones_steps": "[5, 5]"}, "milestones_steps must rise from above 0; got .5, 5"),
+        ({"milestones_epochs": "[0, 1]"}, "milestones_epochs must rise from above 0; got .0.0, 1.0"),
+        ({"milestones_epochs": "[1, 2]", "per_epoch": "true"}, "per_epoch=true .*leave per_epoch out"),
+        ({"milestones_epochs": "[1, 2]", "milestone_factor": "0"}, "milestone_factor: .*greater than 0"),
+    ],
+)
+def test_schedules_that_contradict_themselves_are_refused(config, options, words):
+    with pytest.raises(ValueError, match=words):
+        apply_overrides(config, {"optim.schedule": "step", **{f"optim.{key}": value for key, value in options.items()}})
+
+
+def test_published_schedules_are_accepted(config):
+    v1 = apply_overrides(config, {"optim.schedule": "step", "optim.milestones_epochs": "[120, 160]", "optim.name": "sgd"})
+    assert v1.optim.milestones_epochs == (120, 160) and v1.optim.milestone_factor == 0.1
+    v2 = apply_overrides(config, {"optim.per_epoch": "true", "optim.name": "sgd"})
+    assert v2.optim.per_epoch and v2.optim.schedule == "cosine"
+
+
+@pytest.mark.parametrize(("name", "by_itself"), [("larc", True), ("sgd", True), ("adamw", False)])
+def test_thin_parameters_decay_as_published_unless_told(config, name, by_itself):
+    chosen = apply_overrides(config, {"optim.name": name}).optim
+    assert chosen.decays_thin is by_itself
+    assert apply_overrides(config, {"optim.name": name, "optim.decay_thin": str(not by_itself)}).optim.decays_thin is not by_itself
 
 
 def test_unknown_recipe_names_the_nearest():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fuseer.engine.config import apply_overrides
-from fuseer.engine.distributed import Ranks, deepspeed_config, micro_batch, norm_group, threads_per_rank
+from fuseer.engine.distributed import Ranks, deepspeed_config, gather_rows, micro_batch, norm_group, threads_per_rank
 from fuseer.engine.recipes.recipe import load_recipe
 
 
@@ -37,3 +37,9 @@ def test_norm_groups_must_divide_the_world():
 
 def test_every_rank_gets_a_thread():
     assert threads_per_rank(10**6) == 1
+
+
+def test_a_process_alone_gathers_its_own_rows():
+    x = torch.randn(3, 2, requires_grad=True)
+    rows, counts = gather_rows(x, None)
+    assert torch.equal(rows, x) and counts == [3] and not rows.requires_grad

@@ -83,3 +83,43 @@ def test_adamw_does_not_decay_thin_parameters():
     toy, optimizer = prepared("adamw", weight_decay=0.1)
     assert isinstance(optimizer, AdamW)
     assert {g["name"]: g["weight_decay"] for g in optimizer.param_groups} == {"weights": 0.1, "norms and biases": 0.0, "prototypes": 0.1}
+
+
+def test_adamw_decays_thin_parameters_where_told():
+    _, optimizer = prepared("adamw", weight_decay=0.1, decay_thin=True)
+    assert {g["name"]: g["weight_decay"] for g in optimizer.param_groups} == {"weights": 0.1, "prototypes": 0.1}
+
+
+def test_sgd_leaves_thin_parameters_undecayed_where_told():
+    _, optimizer = prepared("sgd", weight_decay=0.1, decay_thin=False)
+    assert {g["name"]: g["weight_decay"] for g in optimizer.param_groups} == {"weights": 0.1, "norms and biases": 0.0, "prototypes": 0.1}
+
+
+@pytest.mark.parametrize(("adapt", "decay"), [(True, True), (True, False), (False, True), (False, False)])
+def test_larc_treats_thin_parameters_as_told(adapt, decay):
+    """adapt False, decay False is the exclusion of biases and norms from both that SimCLR's and MoCo v3's LARS make."""
+    toy, optimizer = prepared("larc", weight_decay=0.1, momentum=0.9, trust_coefficient=0.02, adapt_thin=adapt, decay_thin=decay)
+    toy.prototypes.frozen = True
+    nn.init.normal_(toy.zero)
+    truth = {name: p.detach().double() for name, p in toy.named_parameters() if name != "prototypes"}
+    momentum = {name: torch.zeros_like(p) for name, p in truth.items()}
+    for step in range(3):
+        set_gradients(toy, step)
+        for name, w in truth.items():
+            g, thin = toy.get_parameter(name).grad.double(), w.ndim <= 1
+            wd = 0.1 if decay or not thin else 0.0
+            rate = 0.02 * w.norm() / (g.norm() + wd * w.norm() + 1e-8) if adapt or not thin else 1.0
+            momentum[name] = 0.9 * momentum[name] + rate * (g + wd * w)
+            truth[name] = w - 0.5 * momentum[name]
+        optimizer.step()
+        for name, w in truth.items():
+            torch.testing.assert_close(toy.get_parameter(name).double(), w, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_tagged_thin_parameter_is_treated_as_thin():
+    toy = Toy()
+    toy.zero.frozen = False
+    optimizer = build_optimizer(toy, OptimConfig(name="larc", lr=0.5, weight_decay=0.1, adapt_thin=False, decay_thin=False))
+    assert {g["name"]: (g["adapt"], g["decay"]) for g in optimizer.param_groups} == {
+        "weights": (True, 0.1), "norms and biases": (False, 0.0), "zero": (False, 0.0), "prototypes": (True, 0.1),
+    }  # fmt: skip
