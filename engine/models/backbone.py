@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from fuseer.engine.config import TrainConfig
 from fuseer.engine.models.norm import replace_batch_norm
 from fuseer.engine.models.regnet import NAMED, build_regnet
+from fuseer.engine.models.vit import NAMED as NAMED_VIT
+from fuseer.engine.models.vit import build_vit
 
-OURS = ("regnet", "anynet", *NAMED)
+OURS = ("regnet", "anynet", *NAMED, *NAMED_VIT)
 
 
 class TimmBackbone(nn.Module):
@@ -30,11 +32,17 @@ class TimmBackbone(nn.Module):
 def build_backbone(name: str, *, group: dist.ProcessGroup | None = None, channels_last: bool = False, **options) -> nn.Module:
     """The backbone called `name`: forward maps images [B, 3, H, W] to features [B, D], `width` is D.
 
-    "anynet", "regnet" and the keys of `NAMED` are ours, with the options of `build_regnet`; any other name is timm's, with the options of
-    `timm.create_model`. Norms are over `group` (None: this process). With `channels_last` the activations are, while the weights stay
-    contiguous, as DeepSpeed demands. Raises ValueError for a name that neither has.
+    "anynet", "regnet" and the keys of `regnet.NAMED` are ours, with the options of `build_regnet`; the keys of `vit.NAMED` with those of
+    `build_vit`; any other name is timm's, with the options of `timm.create_model`. Norms are over `group` (None: this process). With
+    `channels_last` the activations are, while the weights stay contiguous, as DeepSpeed demands. Raises ValueError for a name that neither
+    has.
     """
-    backbone = build_regnet(name, group=group, **options) if name in OURS else _timm_backbone(name, group, options)
+    if name in NAMED_VIT:
+        backbone = build_vit(name, **options)
+    elif name in OURS:
+        backbone = build_regnet(name, group=group, **options)
+    else:
+        backbone = _timm_backbone(name, group, options)
     backbone.memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return backbone
 

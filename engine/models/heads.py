@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from fuseer.engine.models.norm import BatchNorm
 
+LAST_NORMS = {"scale": {"shift": False}, "plain": {"affine": False}}
+
 
 def _float32_at_least(x: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
@@ -27,11 +29,12 @@ class FP32Linear(nn.Linear):
 class ProjectionHead(nn.Module):
     """Linear [- BatchNorm] - activation - ... - Linear, then z / max(‖z‖₂, 1e-12) per row with `normalize`.
 
-    Maps x [N, dims[0]] to [N, dims[-1]], in float32 at least and outside autocast. The last layer has neither norm nor activation.
-    `bias=False` drops the biases that a BatchNorm right after would cancel (true gradient 0); every other layer keeps its own.
+    Maps x [N, dims[0]] to [N, dims[-1]], in float32 at least and outside autocast. The last layer has no activation, and no norm unless
+    `last_norm` is "scale" (BatchNorm with weight, without bias) or "plain" (neither). `bias=False` drops the biases that a BatchNorm right
+    after would cancel (true gradient 0); every other layer keeps its own, the last one unless `last_bias=False`.
     `activation` is a module class; norms are over `group` (None: this process). Differentiable in x and all parameters.
-    Raises ValueError for fewer than two dims, a dim below 1, or x of another width.
-    Source: swav, src/resnet50.py; vissl, vissl/models/heads/swav_prototypes_head.py.
+    Raises ValueError for fewer than two dims, a dim below 1, an unknown last_norm, or x of another width.
+    Source: swav, src/resnet50.py; vissl, vissl/models/heads/swav_prototypes_head.py; simclr, tf2/model.py; moco-v3, moco/builder.py.
     """
 
     def __init__(
@@ -43,8 +46,12 @@ class ProjectionHead(nn.Module):
         activation: type[nn.Module] = nn.ReLU,
         group: dist.ProcessGroup | None = None,
         normalize: bool = True,
+        last_bias: bool = True,
+        last_norm: str | None = None,
     ):
         super().__init__()
+        if last_norm not in (None, *LAST_NORMS):
+            raise ValueError(f"ProjectionHead: last_norm must be None, {' or '.join(LAST_NORMS)}; got {last_norm!r}")
         if len(dims) < 2 or min(dims) < 1:
             raise ValueError(f"ProjectionHead: dims must be at least two positive widths, input first; got {list(dims)}")
         self.dims, self.normalize = tuple(dims), normalize
@@ -54,7 +61,10 @@ class ProjectionHead(nn.Module):
             if batch_norm:
                 layers.append(BatchNorm(width, group=group))
             layers.append(activation())
-        self.layers = nn.Sequential(*layers, FP32Linear(dims[-2], dims[-1]))
+        layers.append(FP32Linear(dims[-2], dims[-1], bias=last_bias))
+        if last_norm:
+            layers.append(BatchNorm(dims[-1], group=group, **LAST_NORMS[last_norm]))
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 2 or x.shape[1] != self.dims[0]:

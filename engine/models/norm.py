@@ -79,8 +79,8 @@ class BatchNorm(nn.Module):
     x is [N, C] or [N, C, ...]; every axis but the channel axis is reduced. Training normalises by the biased variance of the batch and
     moves `running_mean` and `running_var` (unbiased) by `momentum`; evaluation normalises by these two. The output has the dtype of x,
     which may be half while parameters and statistics are float32. Casting the module to half casts the parameters only (they are
-    upcast in forward); the statistics stay float32. Keys of the state are those of torch's BatchNorm. Differentiable once in x, weight and
-    bias.
+    upcast in forward); the statistics stay float32. Keys of the state are those of torch's BatchNorm. `affine=False` leaves out weight and
+    bias, `shift=False` the bias alone. Differentiable once in x, weight and bias.
 
     `group=None` means this process alone, also when torch.distributed is initialised. With a group, training uses the moments of the union
     of its ranks' rows: one all-gather of 2C + 1 numbers merged as Chan et al. (1979) forward, one all-reduce of 2C backward. Counts may
@@ -98,6 +98,7 @@ class BatchNorm(nn.Module):
         eps: float = 1e-5,
         momentum: float = 0.1,
         affine: bool = True,
+        shift: bool = True,
         group: dist.ProcessGroup | None = None,
     ):
         super().__init__()
@@ -105,7 +106,7 @@ class BatchNorm(nn.Module):
             raise ValueError(f"BatchNorm: num_features must be at least 1; got {num_features}")
         self.num_features, self.eps, self.momentum, self.group = num_features, eps, momentum, group
         self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_features)) if affine and shift else None
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
@@ -125,6 +126,9 @@ class BatchNorm(nn.Module):
             self.num_batches_tracked.add_(1)
         if self.training and self.group is not None:
             return self._forward_group(x, weight, bias)
+        return self._forward_alone(x, weight, bias)
+
+    def _forward_alone(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, self.training, self.momentum, self.eps)
 
     def _forward_group(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -174,6 +178,39 @@ class BatchNorm(nn.Module):
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.weight is not None}, over {ranks}"
 
 
+class SplitBatchNorm(BatchNorm):
+    """BatchNorm of `splits` equal slices of the batch, consecutive rows each, every one by its own moments; one process plays several.
+
+    Training gives slice s the output that a process alone with these rows would give, and the running statistics the mean of what the
+    `splits` processes would hold. Evaluation is BatchNorm's. x is [N, C, ...] with N a multiple of `splits`, at least 2 values per channel
+    in each slice. Raises ValueError otherwise. What MoCo's shuffle hides from the loss it hides on one process too.
+    Source: facebookresearch/moco, which trains with the statistics of each GPU.
+    """
+
+    def __init__(self, num_features: int, *, splits: int, **options):
+        super().__init__(num_features, **options)
+        if splits < 1 or self.group is not None:
+            raise ValueError(f"SplitBatchNorm: splits must be at least 1, and group None; got splits={splits}, group={self.group}")
+        self.splits = splits
+
+    def _forward_alone(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if not self.training:
+            return super()._forward_alone(x, weight, bias)
+        if x.shape[0] % self.splits or x.numel() < 2 * self.splits * self.num_features:
+            raise ValueError(
+                f"SplitBatchNorm: x must have rows for {self.splits} equal slices of at least 2 values per channel; got {list(x.shape)}"
+            )
+        means, variances = self.running_mean.repeat(self.splits, 1), self.running_var.repeat(self.splits, 1)
+        slices = zip(x.chunk(self.splits), means, variances, strict=True)
+        out = torch.cat([F.batch_norm(part, mean, var, weight, bias, True, self.momentum, self.eps) for part, mean, var in slices])
+        self.running_mean.copy_(means.mean(0))
+        self.running_var.copy_(variances.mean(0))
+        return out
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, in {self.splits} slices"
+
+
 class _BatchNormAct(BatchNorm):
     """BatchNorm followed by the drop and act children that timm's fused norm layers carry; same keys, no extra state."""
 
@@ -185,18 +222,24 @@ class _BatchNormAct(BatchNorm):
         return self.act(self.drop(super().forward(x)))
 
 
-def _converted(old: nn.Module, name: str, group: dist.ProcessGroup | None) -> BatchNorm:
-    if not old.track_running_stats or old.momentum is None:
+class _SplitBatchNormAct(_BatchNormAct, SplitBatchNorm):
+    """The same of slices of the batch."""
+
+
+def _converted(old: nn.Module, name: str, group: dist.ProcessGroup | None, splits: int) -> BatchNorm:
+    if not getattr(old, "track_running_stats", True) or old.momentum is None:
         raise ValueError(
             f"replace_batch_norm: {name or 'module'} must keep running statistics with a fixed momentum; "
             f"got track_running_stats={old.track_running_stats}, momentum={old.momentum}"
         )
-    options = {"eps": old.eps, "momentum": old.momentum, "affine": old.affine, "group": group}
+    options = {"eps": old.eps, "momentum": old.momentum, "affine": old.weight is not None, "group": group}
+    split = {"splits": splits} if splits > 1 else {}
     children = dict(old.named_children())
-    if type(old) in REPLACEABLE:
-        new = BatchNorm(old.num_features, **options)
-    elif children.keys() == {"drop", "act"}:
-        new = _BatchNormAct(old.num_features, children["drop"], children["act"], **options)
+    if children.keys() == {"drop", "act"}:
+        kind = _SplitBatchNormAct if split else _BatchNormAct
+        new = kind(old.num_features, drop=children["drop"], act=children["act"], **options, **split)
+    elif type(old) in REPLACEABLE or type(old) in (BatchNorm, SplitBatchNorm):
+        new = (SplitBatchNorm if split else BatchNorm)(old.num_features, **options, **split)
     else:
         raise TypeError(
             f"replace_batch_norm: {name or 'module'} is a {type(old).__name__}, whose forward is unknown here; replace it by hand"
@@ -208,19 +251,20 @@ def _converted(old: nn.Module, name: str, group: dist.ProcessGroup | None) -> Ba
     return new.train(old.training)
 
 
-def replace_batch_norm(module: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
-    """Put a `BatchNorm` over `group` in the place of every torch or timm batch norm under `module`; returns the module.
+def replace_batch_norm(module: nn.Module, group: dist.ProcessGroup | None = None, splits: int = 1) -> nn.Module:
+    """Put a `BatchNorm` over `group`, or a `SplitBatchNorm` of `splits` slices, in the place of every batch norm under `module`.
 
-    Works in place and keeps parameters (the same objects), statistics, mode, keys of the state and a timm layer's activation.
-    A module that is itself a batch norm is returned converted. Raises ValueError for a norm without running statistics or with
-    momentum=None, TypeError for a subclass whose forward is unknown.
+    Works in place and returns the module; torch's, timm's and our own norms are replaced. Keeps parameters (the same objects), statistics,
+    mode, keys of the state and a timm layer's activation. A module that is itself a batch norm is returned converted. Raises ValueError for
+    a norm without running statistics or with momentum=None, and for slices over a group; TypeError for a subclass whose forward is unknown.
     """
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return _converted(module, "", group)
+    kinds = (nn.modules.batchnorm._BatchNorm, BatchNorm)
+    if isinstance(module, kinds):
+        return _converted(module, "", group, splits)
     for parent_name, parent in list(module.named_modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                setattr(parent, name, _converted(child, f"{parent_name}.{name}".lstrip("."), group))
+            if isinstance(child, kinds):
+                setattr(parent, name, _converted(child, f"{parent_name}.{name}".lstrip("."), group, splits))
     return module
 
 

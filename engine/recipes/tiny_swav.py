@@ -6,7 +6,7 @@ Expected: four to six minutes on two cores; weighted kNN on the 2,000 test image
 Measured results are in README.md.
 """
 
-from fuseer.engine.config import DataConfig, KnnConfig, ModelConfig, OptimConfig, TrainConfig
+from fuseer.engine.config import DataConfig, KnnConfig, LinearConfig, ModelConfig, OptimConfig, TrainConfig
 from fuseer.engine.data.view import View
 from fuseer.engine.distributed import fastest_precision
 from fuseer.engine.methods.swav import SwAVConfig
@@ -29,6 +29,7 @@ def config() -> TrainConfig:
         optim=OptimConfig(name="adamw", lr=1.4e-3, final_lr=1.4e-6, warmup_steps=80, weight_decay=0.05),
         data=DataConfig(path="demo", mean=(0.286, 0.286, 0.286), std=(0.353, 0.353, 0.353)),
         knn=KnnConfig(every_steps=500),
+        linear=LinearConfig(protocol="tiny"),
         batch_size=64,
         steps=1500,
         precision=fastest_precision(),

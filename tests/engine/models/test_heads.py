@@ -55,6 +55,23 @@ def test_layers_and_bias_option():
     assert len(ProjectionHead([8, 4]).layers) == 1
 
 
+@pytest.mark.parametrize("last_norm", ["scale", "plain"])
+def test_a_norm_at_the_end(last_norm):
+    """SimCLR's head ends in a BatchNorm without bias, MoCo v3's in one without weight and bias."""
+    torch.manual_seed(0)
+    head = ProjectionHead([8, 6, 4], bias=False, last_bias=False, last_norm=last_norm, normalize=False)
+    names = {"layers.0.weight", "layers.1.weight", "layers.1.bias", "layers.3.weight"}
+    assert {name for name, _ in head.named_parameters()} == names | ({"layers.4.weight"} if last_norm == "scale" else set())
+    x = torch.randn(9, 8)
+    if last_norm == "scale":
+        head.layers[-1].weight.data.mul_(3)
+    before = head.layers[:-1](x)
+    expected = (before - before.mean(0)) / (before.var(0, correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(head(x), expected * (3 if last_norm == "scale" else 1), rtol=1e-4, atol=1e-5)
+    head(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in head.parameters())
+
+
 def test_normalize_off_gives_the_last_layer():
     torch.manual_seed(0)
     head = ProjectionHead([8, 6, 4], normalize=False)
@@ -120,6 +137,7 @@ def test_frozen_prototypes_get_no_gradient():
         (lambda: ProjectionHead([8, 0, 4]), r"got \[8, 0, 4\]"),
         (lambda: ProjectionHead([8, 4])(torch.zeros(3, 7)), r"\[N, 8\]; got \[3, 7\]"),
         (lambda: ProjectionHead([8, 4])(torch.zeros(3, 8, 1, 1)), r"got \[3, 8, 1, 1\]"),
+        (lambda: ProjectionHead([8, 4], last_norm="layer"), "scale or plain; got 'layer'"),
         (lambda: Prototypes(8, 0), "K=0"),
         (lambda: Prototypes(0, 8), "D=0"),
         (lambda: Prototypes(8, 3)(torch.zeros(3, 7)), r"\[N, 8\]; got \[3, 7\]"),

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from fuseer.engine.models.heads import ProjectionHead
-from fuseer.engine.models.norm import BatchNorm, calibrate, replace_batch_norm
+from fuseer.engine.models.norm import BatchNorm, SplitBatchNorm, calibrate, replace_batch_norm
 from fuseer.engine.models.regnet import build_regnet
 
 C = 6
@@ -81,9 +81,7 @@ def network_result(net, images, total):
 
 def rank_main(rank, world, folder):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world, timeout=timedelta(seconds=90)
-    )
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world, timeout=timedelta(seconds=90))
     group, results = dist.group.WORLD, {}
     for shape in SHAPES:
         for offset in OFFSETS:
@@ -308,6 +306,65 @@ def test_replace_refuses_what_it_would_change():
         replace_batch_norm(nn.ModuleDict({"inner": nn.ModuleDict({"norm": Scaled(3)})}))
     with pytest.raises(ValueError, match="track_running_stats=False"):
         replace_batch_norm(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_slices_are_normalised_as_processes_alone_would(channels_last):
+    x, dout, weight, bias = union("images", "zero_mean")
+    x, dout = x[:54], dout[:54]
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    split = SplitBatchNorm(C, splits=3, momentum=0.3).double()
+    split.weight.data.copy_(weight)
+    split.bias.data.copy_(bias)
+    found = backward_through(split, x, dout)
+    alone = []
+    for part, upstream in zip(x.chunk(3), dout.chunk(3), strict=True):
+        norm = torch_norm("images", torch.float64, weight, bias)
+        norm.momentum = 0.3
+        alone.append(backward_through(norm, part, upstream))
+    for name in ("out", "dx"):
+        torch.testing.assert_close(found[name], torch.cat([result[name] for result in alone]), rtol=1e-12, atol=1e-12)
+    for name in ("dweight", "dbias"):
+        torch.testing.assert_close(found[name], sum(result[name] for result in alone), rtol=1e-12, atol=1e-12)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(found[name], sum(result[name] for result in alone) / 3, rtol=1e-12, atol=1e-14)
+    assert split.num_batches_tracked == 1
+    whole = torch_norm("images", torch.float64, weight, bias)
+    assert (found["out"] - whole(x)).abs().max() > 1e-3, "slices differ from the whole batch"
+    whole.load_state_dict(split.state_dict())
+    torch.testing.assert_close(split.eval()(x[:7]), whole.eval()(x[:7]), rtol=1e-12, atol=1e-12)
+
+
+def test_slices_replace_every_kind_of_norm():
+    import timm
+
+    torch.manual_seed(0)
+    for net in (build_regnet("anynet", **TINY), timm.create_model("regnety_002", num_classes=0)):
+        keys = list(net.state_dict())
+        x = torch.randn(8, 3, 32, 32)
+        truth = torch.cat([copy.deepcopy(net)(part) for part in x.chunk(4)])
+        assert replace_batch_norm(net, splits=4) is net and list(net.state_dict()) == keys
+        norms = [module for module in net.modules() if isinstance(module, BatchNorm)]
+        assert norms and all(isinstance(norm, SplitBatchNorm) and norm.splits == 4 for norm in norms)
+        torch.testing.assert_close(net(x), truth, rtol=1e-3, atol=1e-4)
+        twin = copy.deepcopy(net)
+        assert all(norm.splits == 4 for norm in twin.modules() if isinstance(norm, BatchNorm))
+        replace_batch_norm(net)
+        assert not any(isinstance(module, SplitBatchNorm) for module in net.modules())
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: SplitBatchNorm(C, splits=4)(torch.zeros(10, C)), r"4 equal slices .* got \[10, 6\]"),
+        (lambda: SplitBatchNorm(C, splits=4)(torch.zeros(4, C)), r"at least 2 values per channel; got \[4, 6\]"),
+        (lambda: SplitBatchNorm(C, splits=0), "splits=0"),
+    ],
+)
+def test_slices_refuse_in_words(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
 
 
 def test_calibrate_averages_over_rows_and_restores():
