@@ -7,13 +7,21 @@ export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 100000
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo demo-long test test-gpu lint bench setup clean
+.PHONY: demo demo-long methods test test-gpu lint bench setup clean
 
 demo: setup
 	$(BIN)/fuseer demo
 
 demo-long: setup
 	$(BIN)/fuseer demo recipe=tiny_swav_long
+
+# one after the other, each a folder of its own in runs/, which must not exist yet; then the table in README.md
+METHODS := tiny_swav tiny_simclr tiny_moco_v2 tiny_moco_v3
+methods: setup
+	for recipe in $(METHODS); do \
+		$(BIN)/fuseer demo recipe=$$recipe out=runs/methods/$$recipe && $(BIN)/fuseer eval linear run=runs/methods/$$recipe || exit; \
+	done
+	$(BIN)/python -m benchmarks.report $(METHODS:%=methods=runs/methods/%)
 
 test: setup
 	$(BIN)/ruff check .

@@ -1,48 +1,20 @@
 """How do measured results get into README.md and docs?
 
-python -m benchmarks.report [demo=RUN_FOLDER] [demo-long=RUN_FOLDER]
+python -m benchmarks.report [demo=RUN_FOLDER] [demo-long=RUN_FOLDER] [methods=RUN_FOLDER …]
 
-A run folder named here is first condensed to results/<name>.json. What stands between the markers of README.md and docs/benchmarks.md is
-replaced and never typed by hand; docs/speed.png is drawn from results/sweep.jsonl.
+A run folder named here is first condensed to results/<name>.json, those of methods=… into one. What stands between the markers of
+README.md and docs/benchmarks.md is replaced and never typed by hand; docs/speed.png is drawn from results/sweep.jsonl.
 """
 
-import json
 import sys
 from pathlib import Path
 
 from benchmarks import measure
 from benchmarks.run import OPS, part
+from benchmarks.runs import DEMOS, condense, condense_methods, demo_table, method_table
 
 ROOT = measure.ROOT
-DEMOS = {"demo": "make demo", "demo-long": "make demo-long"}
 COLUMNS = ("ours", "eager", "compile", "third party")
-
-
-def condense(name: str, run: Path, results: Path) -> None:
-    """results/<name>.json: the kNN rows of a run, its training seconds, and the machine."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    seconds = max(record["seconds"] for record in records if record["kind"] == "train")
-    environment = json.loads((run / "env.json").read_text())
-    kept = {key: environment[key] for key in ("started", "device", "ranks", "threads", "python", "packages")}
-    kept["cores"] = environment["host"]["cores"]
-    found = {**json.loads((run / "eval" / "knn.json").read_text()), "training_seconds": seconds, **kept}
-    (results / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
-
-
-def demo_table(results: Path) -> str:
-    found = {name: json.loads((results / f"{name}.json").read_text()) for name in DEMOS if (results / f"{name}.json").exists()}
-    if not found:
-        return ""
-    names = [row["name"] for row in next(iter(found.values()))["rows"]]
-    lines = ["| weighted kNN, k = 20 | " + " | ".join(f"`{DEMOS[name]}`" for name in found) + " |", "|---|" + "---|" * len(found)]
-    for number, row in enumerate(names):
-        lines.append(f"| {row} | " + " | ".join(f"{run['rows'][number]['accuracy']:.2%}" for run in found.values()) + " |")
-    facts = {
-        "train / test images": [f"{run['train_images']:,} / {run['test_images']:,}" for run in found.values()],
-        "training, seconds": [f"{run['training_seconds']:.0f}" for run in found.values()],
-        "on": [f"{run['cores']} cores, {run['device']}, {run['started'][:10]}" for run in found.values()],
-    }
-    return "\n".join(lines + [f"| {what} | " + " | ".join(values) + " |" for what, values in facts.items()])
 
 
 def kernel_rows(results: Path) -> list[dict]:
@@ -64,9 +36,9 @@ def grouped(rows: list[dict], *keys: str) -> list[list[dict]]:
 
 
 def fastest(rows: list[dict], kind: str) -> dict | None:
-    """The preferred program among ours, the fastest of the other kinds; None where there is none."""
+    """The preferred program among ours, the fastest of the other kinds, one that was not run where none was; None where there is none."""
     found = [row for row in rows if row["kind"] == kind and (kind != "ours" or row["preferred"])]
-    return min(found, key=lambda row: row["p50_ms"], default=None)
+    return min(found, key=lambda row: ("not_run" in row, row["p50_ms"] or 0), default=None)
 
 
 def kernel_table(rows: list[dict]) -> str:
@@ -81,18 +53,30 @@ def kernel_table(rows: list[dict]) -> str:
         for case in grouped(machine, "op", "case"):
             ours, eager, compiled, third = (fastest(case, kind) for kind in COLUMNS)
             memory = " ".join((_megabytes(ours), f"({_megabytes(eager)})"))
-            cells = [_time(ours), *(_time(row) for row in (eager, compiled, third)), f"**{ours['speedup']:.2g}×**", memory]
+            speedup = "–" if ours["speedup"] is None else f"**{ours['speedup']:.2g}×**"
+            cells = [_time(ours), *(_time(row, ours) for row in (eager, compiled, third)), speedup, memory]
             start = [f"`{ours['op']}`", ours["case"], ours["shape"], ours["dtype"]]
-            lines.append("| " + " | ".join([*start, *cells, f"{ours['of_floor']:.0%}", ours["bound"]]) + " |")
+            lines.append("| " + " | ".join([*start, *cells, _of_floor(ours, case), ours["bound"]]) + " |")
         parts.append("\n".join([*lines, "", _remark(machine)]))
     return "\n\n".join(parts)
 
 
-def _time(row: dict | None) -> str:
+def _time(row: dict | None, ours: dict | None = None) -> str:
+    """Median and name; for a third party also how many times that is what ours takes."""
     if row is None:
         return "–"
-    name = f" ({row['program']})" if row["kind"] in ("ours", "third party") else ""
-    return f"{row['p50_ms']:.3g}{name}"
+    if "not_run" in row:
+        return f"– (not run: {row['not_run']})"
+    if row["kind"] not in ("ours", "third party"):
+        return f"{row['p50_ms']:.3g}"
+    times = ours.get("against", {}).get(row["program"]) if ours else None
+    return f"{row['p50_ms']:.3g} ({row['program']}{'' if times is None else f', {times:.2g}×'})"
+
+
+def _of_floor(ours: dict, case: list[dict]) -> str:
+    """The share of the floor, and of each bound that was timed in the same run."""
+    bounds = [row["program"] for row in case if row["kind"] == "bound"]
+    return ", ".join([f"{ours['of_floor']:.0%}", *(f"{ours['against'][name]:.0%} of {name}" for name in bounds)])
 
 
 def _megabytes(row: dict | None) -> str:
@@ -117,7 +101,8 @@ def _remark(rows: list[dict]) -> str:
         speeds += f", {row['fma_g_s']:g} G multiply-adds/s"
     return (
         "Medians of calls that take turns in one process; losses with their backward pass; speed-up over the faster of eager and "
-        "compile; extra memory is the peak above the inputs, results included; the floor is the longer of a copy of the bytes that "
+        "compile, and beside a third party's name over that one; extra memory is the peak above the inputs, results included; the floor "
+        "is the longer of a copy of the bytes that "
         f"must move and the arithmetic that must be done. {on_machine(rows)}; {speeds}. [How it is measured](docs/benchmarks.md)."
     )
 
@@ -129,10 +114,15 @@ def all_programs(rows: list[dict]) -> str:
         head = "| op | case | program | p20 | p50 | p80, ms | speed-up | extra memory, MB | operations | of the floor | control p90/p10 |"
         lines = [head, "|---" * 11 + "|"]
         for row in machine:
+            start = f"| {row['op']} | {row['case']} | {row['program']} |"
+            if "not_run" in row:
+                lines.append(f"{start} – | not run: {row['not_run']} |" + " – |" * 6)
+                continue
             times = " | ".join(f"{row[f'{name}_ms']:.3g}" for name in ("p20", "p50", "p80"))
             counted = "–" if row["operations"] is None else row["operations"]
-            tail = f"{row['speedup']:.2g} | {_megabytes(row)} | {counted} | {row['of_floor']:.0%} | {row['control_spread']:.2f}"
-            lines.append(f"| {row['op']} | {row['case']} | {row['program']} | {times} | {tail} |")
+            speedup = "–" if row["speedup"] is None else f"{row['speedup']:.2g}"
+            tail = f"{speedup} | {_megabytes(row)} | {counted} | {row['of_floor']:.0%} | {row['control_spread']:.2f}"
+            lines.append(f"{start} {times} | {tail} |")
         parts.append("\n".join([*lines, "", on_machine(machine) + "."]))
     return "\n\n".join(parts)
 
@@ -172,17 +162,24 @@ def write(root: Path = ROOT) -> None:
         draw(grouped(swept, "device", "threads")[-1], root / "docs" / "speed.png", on_machine)
     picture = "\n\n![Time against the number of prototypes and of rows](docs/speed.png)" if (root / "docs" / "speed.png").exists() else ""
     text = fill(readme.read_text(encoding="utf-8"), "demo", demo_table(results))
+    text = fill(text, "methods", method_table(results))
     readme.write_text(fill(text, "kernels", kernel_table(rows) + picture if rows else ""), encoding="utf-8")
     text = fill(details.read_text(encoding="utf-8"), "programs", all_programs(rows))
     details.write_text(fill(text, "steps", step_table(measure.load(results / "step.jsonl"))), encoding="utf-8")
 
 
 def main(words: list[str]) -> None:
+    methods = []
     for word in words:
         name, _, run = word.partition("=")
-        if name not in DEMOS or not run:
-            raise ValueError(f"report: give {' or '.join(f'{name}=RUN_FOLDER' for name in DEMOS)}; got {word}")
-        condense(name, Path(run), measure.RESULTS)
+        if name not in (*DEMOS, "methods") or not run:
+            raise ValueError(f"report: give {' or '.join(f'{name}=RUN_FOLDER' for name in (*DEMOS, 'methods'))}; got {word}")
+        if name == "methods":
+            methods.append(Path(run))
+        else:
+            condense(name, Path(run), measure.RESULTS)
+    if methods:
+        condense_methods(methods, measure.RESULTS)
     write()
 
 

@@ -15,6 +15,8 @@ fuseer: self-supervised pretraining of vision models
   fuseer recipes                                  the recipes, with what each expects
   fuseer pretrain recipe=NAME out=FOLDER [data=FOLDER] [resume=true] [key.path=value …]
   fuseer eval knn run=FOLDER                      weighted kNN of a run's backbone, beside its initialisation and raw pixels
+  fuseer eval linear run=FOLDER [protocol=NAME] [epochs=N] [batch_size=N] [lr=X]
+                                                  a linear classifier on the frozen backbone, beside the same two
   fuseer report run=FOLDER                        write FOLDER/report.html
   fuseer bench [OP|sweep|step|report] [device=cpu|cuda] [repeats=N] [threads=N] [case=NAME]
                                                   time the ops beside what they have to beat (in a checkout only)
@@ -36,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fuseer: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fuseer: interrupted; go on with resume=true where a checkpoint was written", file=sys.stderr)
+        said = "interrupted; what was written stands, and pretraining goes on from its last checkpoint with resume=true"
+        print(f"fuseer: {said}", file=sys.stderr)
         return 130
 
 
@@ -58,7 +61,15 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if words[0] == "bench":
         return _bench(arguments[arguments.index("bench") + 1 :])
-    commands = {"demo": _demo, "doctor": _doctor, "recipes": _recipes, "pretrain": _pretrain, "eval knn": _eval_knn, "report": _report}
+    commands = {
+        "demo": _demo,
+        "doctor": _doctor,
+        "recipes": _recipes,
+        "pretrain": _pretrain,
+        "eval knn": _eval_knn,
+        "eval linear": _eval_linear,
+        "report": _report,
+    }
     name = " ".join(words)
     if name not in commands:
         raise ValueError(f"unknown command {name}{_nearest(name, commands)}")
@@ -134,6 +145,7 @@ def _demo(options: dict[str, str]) -> int:
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     training = max(record["seconds"] for record in records if record["kind"] == "train")
     print(f"training      {training:.0f} s of {time.perf_counter() - started:.0f} s in all")
+    print(f"linear probe  fuseer eval linear run={options.get('out', os.path.relpath(out))}")
     print(f"report        {out / 'report.html'}\ncrop sheet    {out / 'crops.png'}")
     return 0
 
@@ -144,21 +156,47 @@ def _fresh(parent: Path, name: str) -> Path:
 
 
 def _eval_knn(options: dict[str, str]) -> int:
-    _only(options, "eval knn", ("run",), needed=("run",))
+    run, config = _evaluated("eval knn", options, {"image_size": "knn.image_size"})
     from fuseer.engine.evaluate.probe import evaluate_run
-    from fuseer.engine.report import write_report
+
+    result = evaluate_run(run, config)
+    images = f"{result['train_images']} train, {result['test_images']} test images"
+    _tell(f"weighted kNN (k={result['k']}, T={result['temperature']}), {images}", result["rows"], run)
+    return 0
+
+
+def _eval_linear(options: dict[str, str]) -> int:
+    keys = {key: f"linear.{key}" for key in ("protocol", "epochs", "batch_size", "lr")}
+    run, config = _evaluated("eval linear", options, {**keys, "image_size": "knn.image_size"})
+    from fuseer.engine.evaluate.linear import evaluate_linear
+
+    result = evaluate_linear(run, config)
+    images = f"{result['train_images']} train, {result['test_images']} test images of {result['image_size']} px"
+    _tell(f"linear classifier ({result['protocol']}, {result['epochs']} epochs), {images}, {result['seconds']:.0f} s", result["rows"], run)
+    return 0
+
+
+def _evaluated(command: str, options: dict[str, str], keys: dict[str, str]):
+    """The run folder and its saved settings, with the options that stand in `keys` instead of theirs."""
+    _only(options, command, ("run", *keys), needed=("run",))
+    from fuseer.engine.config import apply_overrides
+    from fuseer.engine.recipes.recipe import saved_config
 
     run = Path(options["run"]).resolve()
-    result = evaluate_run(run)
-    images = f"{result['train_images']} train, {result['test_images']} test images"
-    print(f"\nweighted kNN (k={result['k']}, T={result['temperature']}), {images}")
-    accuracy = {row["name"]: row["accuracy"] for row in result["rows"]}
-    for name, value in accuracy.items():
-        print(f"  {name:<36} {value:7.2%}")
-    *others, pretrained = list(accuracy.values())
-    print(f"  {'gain over the better initialisation':<36} {100 * (pretrained - max(others[1:])):+6.2f} points")
+    return run, apply_overrides(saved_config(run), {path: options[key] for key, path in keys.items() if key in options})
+
+
+def _tell(title: str, rows: list[dict], run: Path) -> None:
+    """The table of an evaluation, and its report."""
+    from fuseer.engine.report import write_report
+
+    print(f"\n{title}")
+    for row in rows:
+        print(f"  {row['name']:<36} {row['accuracy']:7.2%}" + (f"   top-5 {row['top5']:7.2%}" if "top5" in row else ""))
+    starts = [row["accuracy"] for row in rows if row["name"].startswith("initialisation")]
+    better = "better " if len(starts) > 1 else ""
+    print(f"  {f'gain over the {better}initialisation':<36} {100 * (rows[-1]['accuracy'] - max(starts)):+6.2f} points")
     write_report(run)
-    return 0
 
 
 def _report(options: dict[str, str]) -> int:

@@ -13,13 +13,13 @@ from typing import Any
 
 import jinja2
 
-BINS = 200
+from fuseer.engine.chart import Points, bar_chart, finite, line_chart
+
 NO_CHART_OF_ITS_OWN = {"kind", "step", "epoch", "loss", "lr", "images_per_second", "data_wait_share", "seconds"} | {
     "prototype_entropy", "prototypes_used", "prototype_usage"
 }
+IMAGES = {"train_images": "{:,} training images", "test_images": "{:,} test images"}
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
-
-Points = list[tuple[float, float]]
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Run:
     config: dict[str, Any]
     env: dict[str, Any]
     knn: dict[str, Any]
+    linear: dict[str, Any]
     sheet: bytes
     records: dict[str, list[dict[str, Any]]]
     unreadable: list[str]
@@ -39,6 +40,14 @@ class Run:
         """K of the method, 0 where it has none."""
         count = self.config.get("method", {}).get("prototypes")
         return count if type(count) is int and count > 1 else 0
+
+    @property
+    def chance(self) -> dict[str, float]:
+        """The loss of a network that tells nothing apart, by what the page calls it; empty where none is known."""
+        if self.prototypes:
+            return {f"chance, ln {self.prototypes}": math.log(self.prototypes)}
+        loss = _number(self.env, "chance_loss")
+        return {"chance": loss} if math.isfinite(loss) else {}
 
     @property
     def progress(self) -> float:
@@ -62,9 +71,10 @@ class Run:
 def write_report(run_folder: str | Path) -> Path:
     """Write `report.html` into `run_folder` from what the run has left there so far, and return its path.
 
-    Reads config.json and metrics.jsonl (both needed), env.json, eval/knn.json and crops.png (each optional). The run may be going on or
-    have been killed: unreadable lines and files are skipped and named on the page; after a resume, records of later steps that were
-    written before it are dropped. The page is one file without links to anything outside it, replaced in one move. Call it on one rank.
+    Reads config.json and metrics.jsonl (both needed), env.json, eval/knn.json, eval/linear.json and crops.png (each optional). The run may
+    be going on or have been killed: unreadable lines and files are skipped and named on the page; after a resume, records of later steps
+    that were written before it are dropped. The page is one file without links to anything outside it, replaced in one move. Call it on
+    one rank.
     Raises ValueError where config.json or metrics.jsonl is missing, or config.json cannot be read.
     """
     run = read_run(Path(run_folder))
@@ -74,7 +84,7 @@ def write_report(run_folder: str | Path) -> Path:
         title=run.config.get("recipe", run.folder.name), subtitle=_subtitle(run), troubles=troubles(run),
         numbers=key_numbers(run),
         charts=charts(run), resumed=[record["step"] for record in run.records["resume"]],
-        knn=_knn_table(run),
+        tables=[table for table in (_knn_table(run), _linear_table(run)) if table["rows"]],
         sheet=f"data:image/png;base64,{base64.b64encode(run.sheet).decode()}" if run.sheet else "",
         broken=_broken(run),
         config=list(_flat(run.config)), env=list(_flat(run.env)),
@@ -98,12 +108,12 @@ def read_run(folder: Path) -> Run:
     if unreadable:
         raise ValueError(f"report: {folder / 'config.json'} is not a JSON object; it is cut off or was edited: restore it from the recipe")
     records = _records(folder / "metrics.jsonl", unreadable)
-    env, knn = (_json(folder, name, unreadable) for name in ("env.json", "eval/knn.json"))
+    env, knn, linear = (_json(folder, name, unreadable) for name in ("env.json", "eval/knn.json", "eval/linear.json"))
     sheet = (folder / "crops.png").read_bytes() if (folder / "crops.png").is_file() else b""
     if sheet and not (sheet.startswith(PNG_START) and sheet.endswith(PNG_END)):
         unreadable.append("crops.png is cut off")
         sheet = b""
-    return Run(folder, config, env, knn, sheet, records, unreadable)
+    return Run(folder, config, env, knn, linear, sheet, records, unreadable)
 
 
 def _json(folder: Path, name: str, unreadable: list[str]) -> dict[str, Any]:
@@ -127,7 +137,7 @@ def _object(text: bytes) -> dict[str, Any] | None:
 def _records(path: Path, unreadable: list[str]) -> dict[str, list[dict[str, Any]]]:
     """Records by kind, by step: the last one of each step, none that a later resume threw away; every broken file; no unknown kind."""
     lost = 0
-    kept: dict[str, dict[Any, dict[str, Any]]] = {"train": {}, "knn": {}, "broken": {}, "resume": {}}
+    kept: dict[str, dict[Any, dict[str, Any]]] = {"train": {}, "knn": {}, "monitor": {}, "broken": {}, "resume": {}}
     for line in filter(bytes.strip, path.read_bytes().splitlines()):
         record = _object(line)
         if record is None or type(record.get("step")) is not int or not isinstance(record.get("kind"), str):
@@ -135,10 +145,10 @@ def _records(path: Path, unreadable: list[str]) -> dict[str, list[dict[str, Any]
             continue
         kind, step = record["kind"], record["step"]
         if kind == "resume":
-            for other in ("train", "knn"):
-                kept[other] = {at: earlier for at, earlier in kept[other].items() if at <= step}
+            for other in ("train", "knn", "monitor"):
+                kept[other] = {at: earlier for at, earlier in kept[other].items() if earlier["step"] <= step}
         if kind in kept:
-            kept[kind][len(kept["broken"]) if kind == "broken" else step] = record
+            kept[kind][len(kept["broken"]) if kind == "broken" else (step, str(record.get("sign")))] = record
     if lost:
         unreadable.append(f"metrics.jsonl: {lost} line{'s' * (lost > 1)} skipped, cut off or not a record")
     return {kind: sorted(records.values(), key=lambda record: record["step"]) for kind, records in kept.items()}
@@ -150,13 +160,16 @@ def _number(record: dict[str, Any], key: str) -> float:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
 
 
-def _finite(points: Points) -> list[float]:
-    return [value for _, value in points if math.isfinite(value)]
-
-
 def troubles(run: Run) -> list[str]:
     """Every sign of trouble in the numbers of `run`, in words, with the remedy."""
-    return [text for text in (_non_finite(run), _at_chance(run), _few_prototypes(run), _starved(run), _nothing_learnt(run)) if text]
+    signs = _signs(run) | {sign: text for sign, text in (("chance", _at_chance(run)), ("prototypes", _few_prototypes(run))) if text}
+    return [text for text in (_non_finite(run), *signs.values(), _starved(run), _nothing_learnt(run)) if text]
+
+
+def _signs(run: Run) -> dict[str, str]:
+    """What the monitor said last of each sign of trouble that it has not seen pass."""
+    last = {str(record.get("sign")): record for record in run.records["monitor"]}
+    return {sign: f"Since step {record['step']}: {record.get('text')}." for sign, record in last.items() if not record.get("over")}
 
 
 def _non_finite(run: Run) -> str:
@@ -171,7 +184,7 @@ def _non_finite(run: Run) -> str:
 
 def _at_chance(run: Run) -> str:
     """A loss of ln K after half the run: every sample is assigned alike."""
-    losses = _finite(run.series("loss"))
+    losses = finite(run.series("loss"))
     if not run.prototypes or not losses or run.progress < 0.5:
         return ""
     chance = math.log(run.prototypes)
@@ -186,7 +199,7 @@ def _at_chance(run: Run) -> str:
 
 
 def _few_prototypes(run: Run) -> str:
-    used = _finite(run.series("prototypes_used"))
+    used = finite(run.series("prototypes_used"))
     if not run.prototypes or not used:
         return ""
     # a batch cannot use more prototypes than it has images
@@ -199,7 +212,7 @@ def _few_prototypes(run: Run) -> str:
 
 
 def _starved(run: Run) -> str:
-    waits = _finite(run.series("data_wait_share"))
+    waits = finite(run.series("data_wait_share"))
     if not waits or statistics.median(waits) <= 0.3:
         return ""
     return (
@@ -209,13 +222,12 @@ def _starved(run: Run) -> str:
 
 
 def _nothing_learnt(run: Run) -> str:
-    rows = _knn_rows(run)
-    starts = [accuracy for name, accuracy in rows.items() if name.startswith("initialisation")]
-    if "pretrained" not in rows or not starts or rows["pretrained"] > max(starts):
+    gain, rows = _gain(run.knn), _rows(run.knn)
+    if not math.isfinite(gain) or gain > 0:
         return ""
     return (
-        f"Pretraining has not helped: kNN is {rows['pretrained']:.1%}, and {max(starts):.1%} with the network as initialised. "
-        "Look at the loss and at the crop sheet first: crops may be too harsh, or the run too short."
+        f"Pretraining has not helped: kNN is {rows['pretrained']:.1%}, and {rows['pretrained'] - gain:.1%} with the network as "
+        "initialised. Look at the loss and at the crop sheet first: crops may be too harsh, or the run too short."
     )
 
 
@@ -234,15 +246,17 @@ def _subtitle(run: Run) -> str:
 def key_numbers(run: Run) -> list[tuple[str, str, str]]:
     """(name, value, what to hold it against) of the numbers that matter most; '–' where the run has none yet."""
     losses = run.series("loss")
-    speeds, waits, used = (_finite(run.series(key)) for key in ("images_per_second", "data_wait_share", "prototypes_used"))
+    speeds, waits, used = (finite(run.series(key)) for key in ("images_per_second", "data_wait_share", "prototypes_used"))
     speed, wait = statistics.median(speeds or [0.0]), f"data wait {statistics.median(waits):.1%}" if waits else ""
-    chance = f"chance: ln {run.prototypes} = {math.log(run.prototypes):.3f}" if run.prototypes else ""
+    chance = "".join(f"{name} = {loss:.3f}".replace("chance, ", "chance: ") for name, loss in run.chance.items())
     numbers = [
         ("Loss, last record", f"{losses[-1][1]:.4g}" if losses else "–", chance),
         ("Images a second", f"{speed:,.{1 if speed < 1000 else 0}f}" if speeds else "–", wait),
         ("Time", *_elapsed(run)),
         ("kNN", *_last_knn(run)),
     ]
+    if "pretrained" in _rows(run.linear):
+        numbers.append(("Linear classifier", f"{_rows(run.linear)['pretrained']:.1%}", _gain_in_words(run.linear)))
     if used:
         numbers.append(("Prototypes used", f"{used[-1]:,.0f}", f"of {run.prototypes:,}" if run.prototypes else ""))
     broken = len(_broken(run))
@@ -261,25 +275,46 @@ def _elapsed(run: Run) -> tuple[str, str]:
     return (duration, f"{total:,.1f} seconds, {clock[-1][0]:,} steps") if clock else ("–", "")
 
 
-def _knn_rows(run: Run) -> dict[str, float]:
-    """Accuracy by name as in eval/knn.json."""
-    return {str(row["name"]): row["accuracy"] for row in run.knn.get("rows", []) if math.isfinite(_number(row, "accuracy"))}
+def _rows(tested: dict[str, Any]) -> dict[str, float]:
+    """Accuracy by name as in eval/knn.json and eval/linear.json."""
+    return {str(row["name"]): row["accuracy"] for row in tested.get("rows", []) if math.isfinite(_number(row, "accuracy"))}
+
+
+def _gain(tested: dict[str, Any]) -> float:
+    """How much more the pretrained network reaches than the better of its initialisations; NaN where one of them is missing."""
+    rows = _rows(tested)
+    starts = [accuracy for name, accuracy in rows.items() if name.startswith("initialisation")]
+    return rows["pretrained"] - max(starts) if "pretrained" in rows and starts else math.nan
+
+
+def _gain_in_words(tested: dict[str, Any]) -> str:
+    starts = sum(name.startswith("initialisation") for name in _rows(tested))
+    gain = f"{100 * _gain(tested):+.1f} points on the {'better ' if starts > 1 else ''}initialisation".replace("-", "−")
+    return gain if math.isfinite(_gain(tested)) else ""
 
 
 def _last_knn(run: Run) -> tuple[str, str]:
-    rows, during = _knn_rows(run), _finite(run.series("accuracy", kind="knn"))
+    rows, during = _rows(run.knn), finite(run.series("accuracy", kind="knn"))
     if "pretrained" in rows:
-        starts = [accuracy for name, accuracy in rows.items() if name.startswith("initialisation")]
-        gain = f"{100 * (rows['pretrained'] - max(starts)):+.1f} points on the better initialisation" if starts else ""
-        return f"{rows['pretrained']:.1%}", gain.replace("-", "−")
+        return f"{rows['pretrained']:.1%}", _gain_in_words(run.knn)
     return (f"{during[-1]:.1%}", f"at step {run.records['knn'][-1]['step']:,}") if during else ("–", "")
 
 
 def _knn_table(run: Run) -> dict[str, Any]:
-    """Rows (name, percent) and the caption of the table; no rows without eval/knn.json."""
-    told = {"k": "k = {}", "temperature": "T = {}", "train_images": "{:,} training images", "test_images": "{:,} test images"}
+    """Heading, rows (name, percent, remark) and caption; no rows without eval/knn.json."""
+    told = {"k": "k = {}", "temperature": "T = {}", **IMAGES}
     caption = ", ".join(text.format(run.knn[key]) for key, text in told.items() if isinstance(run.knn.get(key), (int, float)))
-    return {"rows": [(name, 100 * accuracy) for name, accuracy in _knn_rows(run).items()], "caption": caption}
+    rows = [(name, 100 * accuracy, "") for name, accuracy in _rows(run.knn).items()]
+    return {"title": "Nearest neighbours", "rows": rows, "caption": f"Weighted kNN: {caption}" if caption else ""}
+
+
+def _linear_table(run: Run) -> dict[str, Any]:
+    """The same of eval/linear.json; the remark is the top-5 accuracy where there is one."""
+    images = ", ".join(text.format(run.linear[key]) for key, text in IMAGES.items() if isinstance(run.linear.get(key), int))
+    caption = "; ".join(text for text in (run.linear.get("words"), images) if text)
+    top5 = {str(row["name"]): f"top-5 {row['top5']:.1%}" for row in run.linear.get("rows", []) if math.isfinite(_number(row, "top5"))}
+    rows = [(name, 100 * accuracy, top5.get(name, "")) for name, accuracy in _rows(run.linear).items()]
+    return {"title": "Linear classifier", "rows": rows, "caption": f"On frozen features: {caption}" if caption else ""}
 
 
 def _broken(run: Run) -> dict[str, str]:
@@ -304,9 +339,9 @@ def charts(run: Run) -> list[dict[str, Any]]:
     """What the page draws, most telling first: every chart the run has numbers for."""
     count, marks = run.prototypes, [record["step"] for record in run.records["resume"]]
     whole = f"of ln {count}, %" if count else "in nats"
-    accuracies = {name: 100 * accuracy for name, accuracy in _knn_rows(run).items()}
+    accuracies = {name: 100 * accuracy for name, accuracy in _rows(run.knn).items()}
     drawn = [
-        line_chart("Loss", run.series("loss"), lines={f"chance, ln {count}": math.log(count)} if count else {}, marks=marks),
+        line_chart("Loss", run.series("loss"), lines=run.chance, marks=marks),
         line_chart("Accuracy of kNN, %", run.series("accuracy", 100, kind="knn"), lines=accuracies, marks=marks, dots=True),
         line_chart("Learning rate", run.series("lr"), marks=marks, floor=0),
         line_chart("Prototypes used", run.series("prototypes_used"), lines={"all": count} if count else {}, marks=marks, floor=0),
@@ -323,78 +358,12 @@ def charts(run: Run) -> list[dict[str, Any]]:
     return [chart for chart in drawn if chart]
 
 
-def line_chart(title: str, points: Points, *, lines: dict[str, float] | None = None, marks=(), floor=math.inf, dots=False) -> dict | None:
-    """One series over steps with named horizontal `lines` and vertical `marks`; gaps where it is not finite, None where it never is."""
-    values = _finite(points)
-    if not values:
-        return None
-    (points, means), lines = thinned(points), lines or {}
-    first, last = points[0][0], points[-1][0]
-    span = (first, last) if first < last else (first - 1, last + 1)
-    low, high = min([*values, *lines.values()]), max([*values, *lines.values()])
-    pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-    pieces = [list(piece) for drawn, piece in itertools.groupby(points, key=lambda point: math.isfinite(point[1])) if drawn]
-    return {
-        "title": title, "at": "step", "points": _rounded(points), "pieces": pieces, "means": means, "bar": 0,
-        "dots": dots or len(values) == 1, "lines": lines, "marks": [mark for mark in marks if span[0] <= mark <= span[1]],
-        "x": _axis(*span, 6), "y": _axis(floor if floor <= low else low - pad, high + pad, 5),
-    }
-
-
 def usage_chart(run: Run) -> dict[str, Any] | None:
-    """Bars of the shares in the last record (of all prototypes or the most used), at most BINS of them (each the mean of its ranks)."""
+    """Bars of the shares in the last record, of all prototypes or the most used."""
     usage = next((record["prototype_usage"] for record in reversed(run.records["train"]) if record.get("prototype_usage")), [])
     shares = sorted((100 * share for share in usage if isinstance(share, (int, float)) and math.isfinite(share)), reverse=True)
     if not shares:
         return None
-    count, ranks = max(run.prototypes, len(shares)), math.ceil(len(shares) / BINS)
-    even = 100 / count
-    bars = [(first + 1, statistics.fmean(shares[first : first + ranks])) for first in range(0, len(shares), ranks)]
-    return {
-        "title": f"Share of the {len(shares):,} most used prototypes, %" if len(shares) < count else "Share of each prototype, %",
-        "at": "rank", "points": _rounded(bars), "pieces": [bars], "means": [], "bar": ranks, "dots": False, "marks": [],
-        "x": _axis(0.5, bars[-1][0] + ranks - 0.5, 6), "y": _axis(0, 1.06 * max(bars[0][1], even), 5), "lines": {f"even, 1/{count}": even},
-    }
-
-
-def thinned(points: Points) -> tuple[Points, Points]:
-    """(about 3 · BINS of the points, the mean of each bin), or (all, none) where they are few.
-
-    Each bin keeps its lowest, its highest and one that is not finite, so that no spike or gap is lost.
-    """
-    if len(points) <= 3 * BINS:
-        return points, []
-    kept, means = {0, len(points) - 1}, []
-    for number in range(BINS):
-        indices = range(number * len(points) // BINS, (number + 1) * len(points) // BINS)
-        finite = [index for index in indices if math.isfinite(points[index][1])]
-        if finite:
-            kept |= {min(finite, key=lambda index: points[index][1]), max(finite, key=lambda index: points[index][1])}
-            means.append((points[finite[len(finite) // 2]][0], statistics.fmean(points[index][1] for index in finite)))
-        if len(finite) < len(indices):
-            kept.add(next(index for index in indices if not math.isfinite(points[index][1])))
-    return [points[index] for index in sorted(kept)], means
-
-
-def _axis(low: float, high: float, most: int) -> dict[str, Any]:
-    """low, high and about `most` round ticks (value, label) between them."""
-    rough = (high - low) / most
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.8 * rough)
-    values = [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-    return {"low": low, "high": high, "ticks": [(value, _tick(value, step)) for value in values]}
-
-
-def _tick(value: float, step: float) -> str:
-    if step < 1e-4 and abs(value) < 1000 * step:
-        return f"{value:.4g}"
-    digits = -math.floor(math.log10(step) + 1e-9)
-    for power, letter in ((6, "M"), (3, "k")):
-        if digits + power <= 3 and abs(value) >= 10**power * (1 if digits <= -power else 10):
-            return f"{value / 10**power:.{max(0, digits + power)}f}{letter}"
-    return f"{value:.{max(0, digits)}f}"
-
-
-def _rounded(points: Points) -> str:
-    """JSON for the read-out under the pointer; null where a value is not finite."""
-    return json.dumps([[x, float(f"{y:.5g}") if math.isfinite(y) else None] for x, y in points], separators=(",", ":"))
+    count = max(run.prototypes, len(shares))
+    title = f"Share of the {len(shares):,} most used prototypes, %" if len(shares) < count else "Share of each prototype, %"
+    return bar_chart(title, shares, {f"even, 1/{count}": 100 / count})

@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fuseer.engine.report import line_chart, read_run, thinned, troubles, write_report
+from fuseer.engine.chart import line_chart, thinned
+from fuseer.engine.report import read_run, troubles, write_report
 
 K = 100
 
@@ -33,6 +34,7 @@ RECORDS = [
     *(train(step) for step in range(10, 401, 10)), knn(200, 0.7012), knn(400, 0.7534),
     {"kind": "broken", "step": 3, "file": "a/<b>.jpg", "reason": "truncated & torn"},
 ]
+LINEAR = [("raw pixels", 0.843, 0.991), ("initialisation, BatchNorm calibrated", 0.617, 0.9), ("pretrained", 0.866, 0.998)]
 ROWS = [("raw pixels", 0.811), ("initialisation", 0.70), ("initialisation, BatchNorm calibrated", 0.6), ("pretrained", 0.7987)]
 
 
@@ -47,6 +49,9 @@ def run_folder(path, records=RECORDS, tail="", **config):
     rows = [{"name": name, "accuracy": accuracy} for name, accuracy in ROWS]
     tested = {"k": 20, "temperature": 0.07, "train_images": 10000, "test_images": 2000, "rows": rows}
     (path / "eval" / "knn.json").write_text(json.dumps(tested))
+    rows = [{"name": name, "accuracy": accuracy, "top5": top5, "loss": 0.4} for name, accuracy, top5 in LINEAR]
+    tested = {"words": "protocol tiny (our own): SGD, <30> epochs", "train_images": 9000, "test_images": 2000, "rows": rows}
+    (path / "eval" / "linear.json").write_text(json.dumps(tested))
     (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + tail)
     Image.new("RGB", (640, 300), (200, 120, 40)).save(path / "crops.png")
     return path
@@ -76,7 +81,8 @@ def test_the_numbers_of_the_run_are_on_the_page(tmp_path):
         "data wait 3.0%", "Time 1 min 20 s 80.0 seconds", "kNN 79.9% +9.9 points on the better initialisation", "Prototypes used 88 of 100",
         "Broken files 1", "a/<b>.jpg truncated & torn", "raw pixels 81.1%", "pretrained 79.9%", "k = 20, T = 0.07, 10,000 training images",
         "method.epsilon 0.05", "method.views.0.scale [0.5, 1.0]", "packages.torch 2.14.1", "fuseer pretrain a='<c>'",
-        "chance, ln 100: 4.605",
+        "chance, ln 100: 4.605", "Linear classifier 86.6% +24.9 points on the initialisation", "raw pixels 84.3% top-5 99.1%",
+        "pretrained 86.6% top-5 99.8%", "protocol tiny (our own): SGD, <30> epochs; 9,000 training images, 2,000 test images",
     ):
         assert said in text, said
     points = chart_points(page)
@@ -133,17 +139,20 @@ def test_a_line_that_is_cut_off_is_skipped_and_named(tmp_path, tail):
 
 def test_only_settings_and_metrics_are_needed(tmp_path):
     folder = run_folder(tmp_path / "run", [])
-    for name in ("env.json", "eval/knn.json", "crops.png"):
+    for name in ("env.json", "eval/knn.json", "eval/linear.json", "crops.png"):
         (folder / name).unlink()
+    assert "Linear classifier" not in words(page_of(folder)) and "Nearest neighbours" not in words(page_of(folder))
     assert "no training record yet" in words(page_of(folder))
     (folder / "metrics.jsonl").write_text(json.dumps(train(10)) + "\n")
     text = words(page_of(folder))
     assert "Loss, last record 4.55" in text and "going on, or stopped: step 10, 2% of 400 steps" in text
     (folder / "env.json").write_text('{"torch": ')
     (folder / "eval" / "knn.json").write_text('{"k": 20, "rows": [{"na')
+    (folder / "eval" / "linear.json").write_text('{"rows": [{"name": "pretr')
     (folder / "crops.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00")
     text = words(page_of(folder))
-    assert "left out: env.json is not a JSON object; eval/knn.json is not a JSON object; crops.png is cut off" in text
+    torn = ("env.json", "eval/knn.json", "eval/linear.json")
+    assert f"left out: {'; '.join(f'{name} is not a JSON object' for name in torn)}; crops.png is cut off" in text
 
 
 def test_a_method_without_prototypes_gets_a_chart_for_each_of_its_numbers(tmp_path):
@@ -180,6 +189,39 @@ def test_pretraining_that_does_not_beat_the_initialisation_is_said(tmp_path):
     folder = run_folder(tmp_path / "run")
     (folder / "eval" / "knn.json").write_text((folder / "eval" / "knn.json").read_text().replace("0.7987", "0.65"))
     assert "kNN is 65.0%, and 70.0% with the network as initialised" in words(page_of(folder))
+
+
+def sign(step, name, text, over=False):
+    return {"kind": "monitor", "step": step, "sign": name, "text": text, "over": over}
+
+
+def test_what_the_monitor_said_stands_until_it_says_that_it_is_over(tmp_path):
+    told = [
+        sign(100, "chance", "the loss <has> stayed at chance"), sign(100, "collapse", "embeddings have collapsed"),
+        sign(150, "collapse", "embeddings spread again", True), sign(300, "prototypes", "too few"), {"kind": "resume", "step": 250},
+    ]
+    page = page_of(run_folder(tmp_path / "run", [*RECORDS, *told]))
+    assert 'role="alert"' in page and "Since step 100: the loss <has> stayed at chance." in words(page)
+    assert "collapsed" not in page and "spread again" not in page, "it passed"
+    assert "too few" not in page, "the resume took it back"
+    # the report's own words on the same sign have the remedies, and are not said twice
+    flat = [train(step, loss=math.log(K) * 0.985) for step in range(10, 410, 10)]
+    (text,) = troubles(read_run(run_folder(tmp_path / "flat", [*flat, sign(200, "chance", "stayed at chance")])))
+    assert text.startswith("At chance: likely collapse")
+
+
+def test_the_chance_loss_of_a_method_without_prototypes_is_drawn(tmp_path):
+    folder = run_folder(tmp_path / "run", [train(10, loss=9.0), train(20, loss=8.0)], method={"temperature": 0.1})
+    (folder / "env.json").write_text(json.dumps({"chance_loss": 10.7037}))
+    text = words(page_of(folder))
+    assert "Loss, last record 8 chance = 10.704" in text and "chance: 10.7" in text.replace("chance = 10.704", "")
+
+
+def test_a_linear_classifier_alone_is_shown(tmp_path):
+    folder = run_folder(tmp_path / "run")
+    (folder / "eval" / "knn.json").unlink()
+    text = words(page_of(folder))
+    assert "Linear classifier raw pixels 84.3%" in text and "Nearest neighbours" not in text
 
 
 @pytest.mark.parametrize("missing", [["config.json"], ["metrics.jsonl"], ["config.json", "metrics.jsonl"]])
@@ -261,7 +303,11 @@ const shown = [...document.querySelectorAll("svg.chart")].map((svg) => {
 const chart = document.querySelector("svg.chart"), box = chart.getBoundingClientRect();
 chart.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + box.width * 0.5, clientY: box.top + 20 }));
 const found = { shown, wide: document.documentElement.scrollWidth, window: innerWidth, ink: getComputedStyle(document.body).color,
-  hover: chart.parentNode.querySelector("output").textContent, sheet: document.querySelector("img").getBoundingClientRect().width };
+  hover: chart.parentNode.querySelector("output").textContent,
+  tables: [...document.querySelectorAll("table.knn")].map((table) => [...table.querySelectorAll("tr")].map((row) => ({
+    name: row.cells[0].textContent, value: row.cells[1].textContent, bar: row.querySelector("i").getBoundingClientRect().width,
+    full: row.cells[2].clientWidth, height: row.getBoundingClientRect().height }))),
+  sheet: document.querySelector("img").getBoundingClientRect().width };
 document.documentElement.setAttribute("data-found", JSON.stringify(found));
 </script></body>"""
 
@@ -295,4 +341,9 @@ def test_a_browser_shows_every_chart_and_complains_of_nothing(tmp_path, width, d
     assert found["shown"][0]["said"] == f"step 401: {4.6 - 0.005 * 401:.3f}"
     assert re.fullmatch(r"step (19|20|21|22)0: 3\.\d+", found["hover"]), found["hover"]
     assert found["sheet"] > 300
+    knn, linear = found["tables"]
+    assert [row["value"] for row in knn] == ["81.1%", "70.0%", "60.0%", "79.9%"]
+    assert [(row["name"], row["value"]) for row in linear] == [(name, f"{accuracy:.1%}") for name, accuracy, _ in LINEAR]
+    for row in linear:
+        assert row["bar"] > 20 and row["bar"] == pytest.approx(row["full"] * float(row["value"][:-1]) / 100, abs=14), row
     os.remove(folder / "probed.html")

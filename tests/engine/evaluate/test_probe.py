@@ -9,7 +9,8 @@ import torch
 from fuseer.engine.config import apply_overrides
 from fuseer.engine.data.plain import plain_batches
 from fuseer.engine.data.sources import open_source
-from fuseer.engine.evaluate.probe import KnnProbe, _Pixels
+from fuseer.engine.evaluate.frozen import Pixels
+from fuseer.engine.evaluate.probe import KnnProbe
 from fuseer.engine.recipes.recipe import load_recipe
 
 CPU = torch.device("cpu")
@@ -24,7 +25,7 @@ def test_raw_pixels_of_the_demo_set_reach_the_known_value():
     chosen = config()
     probe = KnnProbe.where_labelled(chosen)
     assert (len(probe.train), len(probe.test)) == (10_000, 2_000)
-    assert abs(probe.accuracy(_Pixels(chosen.data.mean, chosen.data.std), CPU) - 0.811) < 0.0005
+    assert abs(probe.accuracy(Pixels(chosen), CPU) - 0.811) < 0.0005
 
 
 def test_a_thinned_probe_keeps_every_class():
