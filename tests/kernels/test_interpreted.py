@@ -17,10 +17,13 @@ FILES = {
     "test_all_ops.py": "",
     "test_sinkhorn.py": "triton",
     "test_ranks.py": "",
+    "test_ranks_contrastive.py": "",
     "test_all_ops_autograd.py": "",
     "test_all_ops_compiled.py": "",
     "test_swapped_prediction.py": "triton",
     "test_soft_xent.py": "triton",
+    "test_nt_xent.py": "triton",
+    "test_info_nce.py": "triton",
 }
 
 
