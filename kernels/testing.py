@@ -13,7 +13,8 @@ class Case:
     """One set of inputs: `build(generator)` makes the op's keyword arguments in the order of reference.py, tensors in float64.
 
     `production` marks the shapes that training meets: benchmarks run those, in `dtype`; tests run the others, in every dtype.
-    Tests that draw shapes make no last axis shorter than `narrowest`: a unit row of one number is ±1, and its gradient all rounding.
+    Tests that draw shapes make no last axis shorter than `narrowest` (a unit row of one number is ±1, and its gradient all rounding) and
+    multiply the numbers by no more than `largest_scale`.
     """
 
     name: str
@@ -21,6 +22,7 @@ class Case:
     production: bool = False
     dtype: torch.dtype = torch.float32
     narrowest: int = 1
+    largest_scale: float = 3.0
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ CASES = (
     Case("assign_all", _case(3, 8, 6, assign=(2, 0, 1), iterations=1)),
     Case("no_rows", _case(3, 0, 4)),
     Case("one_prototype", _case(2, 4, 1)),
-    Case("scores_of_100", _case(3, 12, 10, scale=100.0)),
+    # at three times these the C++ gradient errs by up to three times what eager does (docs/ops.md)
+    Case("scores_of_100", _case(3, 12, 10, scale=100.0), largest_scale=1.0),
     Case("swav_64", _case(8, 64, 3000), production=True),
     Case("swav_64_queue", _case(8, 64, 3000, q=480), production=True),
     Case("swav_256", _case(8, 256, 3000), production=True),

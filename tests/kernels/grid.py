@@ -58,11 +58,13 @@ class Trial:
 
     def pooled_verdicts(self, lay=lambda arguments: arguments):
         """The verdicts, where few numbers are asked for on several draws side by side: of a handful of roundings luck makes the largest."""
+        asked = elements(self.case, self.differentiable)
+        draws = 1 if asked > POOLED_ELEMENTS else 4 if asked > POOLED_ELEMENTS // 8 else 8
         every = [
             testing.compared(
                 self.call, reference(self.op), self.case, self.dtype, self.differentiable, lay(self.arguments(seed)), self.device, seed
             )
-            for seed in range(1 if elements(self.case, self.differentiable) > POOLED_ELEMENTS else 4)
+            for seed in range(draws)
         ]
         pools = {name: [torch.cat([found[name][i].flatten() for found in every]) for i in range(3)] for name in every[0]}
         return {name: testing.error_vs_eager(*pool) for name, pool in pools.items()}
