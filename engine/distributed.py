@@ -4,6 +4,7 @@ import ctypes
 import datetime
 import logging
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -84,8 +85,13 @@ def start() -> Ranks:
 
 
 def stop() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leaves the process group; a later start() begins anew."""
+    if not dist.is_initialized():
+        return
+    # DeepSpeed keeps groups of its own in module globals; left there, its next engine would talk to a world that is gone
+    deepspeed = sys.modules.get("deepspeed")
+    world = deepspeed.comm if deepspeed and deepspeed.comm.is_initialized() else dist
+    world.destroy_process_group()
 
 
 def norm_group(ranks: Ranks, size: int) -> dist.ProcessGroup | None:

@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from fuseer.engine.config import apply_overrides
-from fuseer.engine.distributed import Ranks, deepspeed_config, gather_rows, micro_batch, norm_group, threads_per_rank
+from fuseer.engine.distributed import (
+    Ranks,
+    deepspeed_config,
+    gather_rows,
+    initialize_deepspeed,
+    micro_batch,
+    norm_group,
+    start,
+    stop,
+    threads_per_rank,
+)
 from fuseer.engine.recipes.recipe import load_recipe
 
 
@@ -43,3 +53,19 @@ def test_a_process_alone_gathers_its_own_rows():
     x = torch.randn(3, 2, requires_grad=True)
     rows, counts = gather_rows(x, None)
     assert torch.equal(rows, x) and counts == [3] and not rows.requires_grad
+
+
+def test_a_process_can_leave_the_world_and_train_again():
+    config = configured(optim__name="sgd", precision="fp32", batch_size=4)
+    for stage in (0, 1):
+        ranks = start()
+        module = torch.nn.Linear(3, 2)
+        before = module.weight.detach().clone()
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        try:
+            engine = initialize_deepspeed(module, optimizer, config.model_copy(update={"zero_stage": stage}), ranks.world_size)
+            engine.backward(engine(torch.ones(4, 3)).sum())
+            engine.step()
+        finally:
+            stop()
+        assert not torch.distributed.is_initialized() and not torch.equal(module.weight, before)
