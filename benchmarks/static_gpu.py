@@ -51,7 +51,22 @@ def _swapped(*shape):
     return _scores(*shape, queue_scores=None, assign=(0, 1), epsilon=0.05, iterations=3, temperature=0.1)
 
 
-# shapes that fill a GPU, beside the production cases of cases.py
+def _views(n, d, temperature=0.1):
+    shapes = {"z1": (n, d), "z2": (n, d)}
+    return lambda generator: _empty(shapes) | {"temperature": temperature, "normalize": True}
+
+
+def _queue(n, q, d, temperature=0.2):
+    shapes = {"query": (n, d), "keys": (q, d), "positive": (n, d)}
+    return lambda generator: _empty(shapes) | {"positive_index": None, "temperature": temperature, "normalize": True}
+
+
+def _empty(shapes):
+    return {name: torch.empty(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+BESIDE = {torch.float32: torch.bfloat16}
+# shapes that fill a GPU, and paths that no shape of theirs takes, beside the production cases of cases.py
 SHAPES = {
     "sinkhorn": (
         Case("seer_1024", _scores(1024, 16000, epsilon=0.05, iterations=10), production=True),
@@ -60,6 +75,17 @@ SHAPES = {
         Case("wide_64", _scores(64, 262144, epsilon=0.05, iterations=3), production=True, dtype=torch.bfloat16),
     ),
     "swapped_prediction": (Case("seer_64", _swapped(8, 64, 16000), production=True),),
+    "nt_xent": (
+        Case("cold_8192", _views(4096, 128, temperature=0.02), production=True),
+        Case("half_8192", _views(4096, 128), production=True, dtype=torch.float16),
+        Case("wide_8192", _views(4096, 256), production=True),
+        Case("strips_8192", _views(4096, 512), production=True),
+    ),
+    "info_nce": (
+        Case("cold_256", _queue(256, 65536, 128, temperature=0.02), production=True),
+        Case("half_256", _queue(256, 65536, 128), production=True, dtype=torch.float16),
+        Case("strips_256", _queue(256, 65536, 512), production=True),
+    ),
 }
 
 
@@ -97,13 +123,13 @@ def ops():
 
 
 def cases(op, arch):
-    """(case, dtype) of every production shape in the case's own dtype and in bfloat16; on sm_90 of the others too.
+    """(case, dtype) of every production shape in the case's own dtype, in bfloat16 too where that is float32; on sm_90 of the others too.
 
     Those are small and awkward: Triton compiles an integer argument of 1 as a constant, which a kernel may not be written for.
     """
     known = _module(op, "cases").CASES
     production = (*(case for case in known if case.production), *SHAPES.get(op, ()))
-    found = [(case, dtype) for case in production for dtype in dict.fromkeys((case.dtype, torch.bfloat16))]
+    found = [(case, dtype) for case in production for dtype in dict.fromkeys((case.dtype, BESIDE.get(case.dtype, case.dtype)))]
     return found + [(case, case.dtype) for case in known if not case.production and arch == 90]
 
 
@@ -172,9 +198,10 @@ class Eager(TorchDispatchMode):
 
 def eager(op, arguments):
     """(ops, bytes) of the official formulation in benchmarks/kernels/<op>.py, forward and backward."""
-    official = importlib.import_module(f"benchmarks.kernels.{op}").official
+    baseline = importlib.import_module(f"benchmarks.kernels.{op}")
+    given = getattr(baseline, "prepared", lambda arguments: arguments)(arguments)
     with Eager() as counted:
-        collections.deque(differentiated(official, op, arguments), maxlen=0)
+        collections.deque(differentiated(baseline.official, op, given), maxlen=0)
     return counted.ops, counted.bytes
 
 

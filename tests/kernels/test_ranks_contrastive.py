@@ -1,6 +1,7 @@
 """Do nt_xent and info_nce over a group of real gloo ranks, with different and uneven rows, mean what one process on all rows means?"""
 
 import functools
+import importlib
 
 import pytest
 import torch
@@ -66,6 +67,9 @@ def loss_and_gradient(kind, given, temperature, first=0, count=None, **options):
 
 
 def rank_main(rank, world):
+    if INTERPRETED:
+        # a process of its own does not load pytest's plugins
+        importlib.import_module("interpreter").mend()
     everyone, found = dist.group.WORLD, {}
     for split in SPLITS[world]:
         place = {"first": sum(split[:rank]), "count": split[rank]}
