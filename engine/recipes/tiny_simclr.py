@@ -2,7 +2,7 @@
 
 fuseer demo recipe=tiny_simclr
 
-Expected: under five minutes on two cores; weighted kNN on the 2,000 test images passes the calibrated initialisation, 56.8 %, by far.
+Expected: three to five minutes on two cores; weighted kNN on the 2,000 test images passes the calibrated initialisation, 56.8 %, by far.
 Measured results are in README.md.
 """
 
