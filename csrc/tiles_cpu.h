@@ -29,8 +29,8 @@ struct Softmax {
   const T* share;
 };
 
-// Where a tile of weights goes as bfloat16: times `scale` row by row as it is, or column by column with pairs of rows interleaved, which
-// is how the second operand of a bfloat16 product lies. Rows are `stride` of the tile apart; an odd last row is paired with zeros.
+// Where a tile of weights goes as bfloat16: as it lies, or with pairs of its rows interleaved, which is how the second operand of a
+// bfloat16 product lies. Row i, or the pair it leads, begins i strides of the tile in; an odd last row is paired with zeros.
 struct HalfTile {
   c10::BFloat16* plain;
   c10::BFloat16* interleaved;

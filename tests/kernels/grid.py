@@ -252,6 +252,17 @@ def equal_rows(x):
     return x.narrow(axis, 0, min(1, x.shape[axis])).expand(x.shape)
 
 
+def close(found, dtype, whole, bound):
+    """In double: max|found - whole| <= bound * max|whole|. In single: the verdict, whole(dtype) being the reference in one process."""
+    truth = whole(torch.float64)
+    assert found.dtype == dtype and found.shape == truth.shape
+    if dtype == torch.float32:
+        verdict = testing.error_vs_eager(found, whole(torch.float32), truth)
+        assert verdict, str(verdict)
+    elif truth.numel():
+        assert (found - truth).abs().max() <= bound * truth.abs().max()
+
+
 @contextlib.contextmanager
 def poisoned_memory():
     """torch.empty, in Python and C++, gives NaN; torch.use_deterministic_algorithms is on."""

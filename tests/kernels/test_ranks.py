@@ -6,11 +6,10 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from grid import INTERPRETED, part, refusal, threads
+from grid import INTERPRETED, close, part, refusal, threads
 
 from fuseer.kernels import dispatch
 from fuseer.kernels.functional import sinkhorn, swapped_prediction
-from fuseer.kernels.testing import error_vs_eager
 from tests.ranks import on_ranks
 
 CROPS, HEADS, PROTOTYPES, ITERATIONS = 4, 3, 9, 3
@@ -163,17 +162,6 @@ def every_split(ranks, op):
     for backend, dtype in SINKHORN if op == "sinkhorn" else SWAPPED:
         for split, sizes in enumerate(SPLITS[len(ranks)]):
             yield backend, dtype, sizes, [found[op, backend, dtype, split] for found in ranks]
-
-
-def close(found, dtype, whole, bound):
-    """In double: max|found - whole| <= bound * max|whole|. In single: the verdict, whole(dtype) being the reference in one process."""
-    truth = whole(torch.float64)
-    assert found.dtype == dtype and found.shape == truth.shape
-    if dtype == torch.float32:
-        verdict = error_vs_eager(found, whole(torch.float32), truth)
-        assert verdict, str(verdict)
-    elif truth.numel():
-        assert (found - truth).abs().max() <= bound * truth.abs().max()
 
 
 def test_codes_are_those_of_all_rows(ranks):

@@ -6,11 +6,10 @@ import importlib
 import pytest
 import torch
 import torch.distributed as dist
-from grid import INTERPRETED, part, refusal
+from grid import INTERPRETED, close, part, refusal
 
 from fuseer.kernels import dispatch
 from fuseer.kernels.functional import info_nce, nt_xent
-from fuseer.kernels.testing import error_vs_eager
 from tests.ranks import on_ranks
 
 WIDTH, QUEUE = 6, 13
@@ -148,17 +147,6 @@ def every(ranks):
             for split in SPLITS[len(ranks)]:
                 for temperature in TEMPERATURES:
                     yield kind, backend, dtype, split, temperature, [x[kind, backend, dtype, split, temperature] for x in ranks]
-
-
-def close(found, dtype, whole, bound):
-    """In double: max|found - whole| <= bound * max|whole|. In single: the verdict, whole(dtype) being the reference in one process."""
-    truth = whole(torch.float64)
-    assert found.dtype == dtype and found.shape == truth.shape
-    if dtype == torch.float32:
-        verdict = error_vs_eager(found, whole(torch.float32), truth)
-        assert verdict, str(verdict)
-    elif truth.numel():
-        assert (found - truth).abs().max() <= bound * truth.abs().max()
 
 
 def whole(name, kind, split, temperature):
