@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 import triton
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -36,9 +37,6 @@ class Launch:
     def __str__(self):
         constants = ", ".join(f"{self.kernel.arg_names[place]}={value}" for (place, *_), value in self.constants.items())
         return f"{self.name} for sm_{self.arch} with {constants}, {self.options}"
-
-    def takes(self, tensor):
-        return storage(tensor) in {key for key, _ in self.given}
 
     def source(self):
         return ASTSource(self.kernel, self.signature, self.constants, self.attributes)
@@ -81,7 +79,7 @@ def recorded(arch):
             options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
             bound = kernel.signature.bind(*args, **{name: value for name, value in kwargs.items() if name not in options})
             sizes = grid(bound.arguments) if callable(grid) else grid
-            tensors = [x for x in bound.arguments.values() if isinstance(x, torch.Tensor)]
+            tensors = [x for x in tree_leaves(dict(bound.arguments)) if isinstance(x, torch.Tensor)]
             given = {(storage(x), x.storage_offset()): nbytes(x) for x in tensors}
             compiled = (dict(seen["signature"]), dict(seen["constants"]), dict(seen["configs"][0]))
             launches.append(Launch(kernel, math.prod(sizes), *compiled, options, arch, given))

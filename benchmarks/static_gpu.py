@@ -27,7 +27,7 @@ import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from triton.runtime import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -49,6 +49,10 @@ def _scores(*shape, **options):
 
 def _swapped(*shape):
     return _scores(*shape, queue_scores=None, assign=(0, 1), epsilon=0.05, iterations=3, temperature=0.1)
+
+
+def _listed(crops, *shape):
+    return lambda generator: _swapped(0)(generator) | {"scores": [torch.empty(shape, dtype=torch.float64) for _ in range(crops)]}
 
 
 def _views(n, d, temperature=0.1):
@@ -74,7 +78,10 @@ SHAPES = {
         Case("ibot_4096", _scores(4096, 131072, epsilon=0.05, iterations=3), production=True, dtype=torch.bfloat16),
         Case("wide_64", _scores(64, 262144, epsilon=0.05, iterations=3), production=True, dtype=torch.bfloat16),
     ),
-    "swapped_prediction": (Case("seer_64", _swapped(8, 64, 16000), production=True),),
+    "swapped_prediction": (
+        Case("seer_64", _swapped(8, 64, 16000), production=True),
+        Case("listed_64", _listed(8, 64, 3000), production=True),
+    ),
     "nt_xent": (
         Case("cold_8192", _views(4096, 128, temperature=0.02), production=True),
         Case("half_8192", _views(4096, 128), production=True, dtype=torch.float16),
@@ -114,7 +121,7 @@ class Call:
     @property
     def aligned(self):
         """Whether the rows of every matrix start at multiples of 16 bytes, so that 128-bit loads are possible at all."""
-        matrices = [x for x in self.arguments.values() if isinstance(x, torch.Tensor) and x.dim() > 1]
+        matrices = [x for x in tensors(self.arguments) if x.dim() > 1]
         return all(x.shape[-1] * x.itemsize % 16 == 0 for x in matrices)
 
 
@@ -137,8 +144,12 @@ def weightless(case, dtype):
     """The case's arguments as meta tensors: shapes, strides and dtypes without memory."""
     with FakeTensorMode():
         made = inputs(case, dtype)
-    tensors = {name: x for name, x in made.items() if isinstance(x, torch.Tensor)}
-    return made | {name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for name, x in tensors.items()}
+    dtypes, empty = {torch.float64: dtype}, functools.partial(torch.empty_strided, device="meta")
+    return tree_map_only(torch.Tensor, lambda x: empty(x.shape, x.stride(), dtype=dtypes.get(x.dtype, x.dtype)), made)
+
+
+def tensors(tree):
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
 def _module(op, name):
@@ -147,11 +158,12 @@ def _module(op, name):
 
 def differentiated(function, op, arguments):
     """The output of one call; then, where the op is differentiable, the gradient of each differentiable argument."""
-    leaves = {name: arguments[name].detach().requires_grad_() for name in _module(op, "cases").DIFFERENTIABLE}
+    names = _module(op, "cases").DIFFERENTIABLE
+    leaves = tree_map_only(torch.Tensor, lambda x: x.detach().requires_grad_(), {name: arguments[name] for name in names})
     out = function(**arguments | leaves)
     yield out
     if leaves:
-        yield from torch.autograd.grad(out, tuple(leaves.values()), torch.empty_like(out))
+        yield from torch.autograd.grad(out, tensors(leaves), torch.empty_like(out))
 
 
 def call(op, case, dtype, arch):
@@ -186,8 +198,7 @@ class Eager(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name, mutable = func.overloadpacket.__name__, func._schema.is_mutable
-        read = {(storage(x), x.storage_offset(), x.shape): x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        written = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        read, written = {(storage(x), x.storage_offset(), x.shape): x for x in tensors((args, kwargs))}, tensors(out)
         views = {storage(x) for x in read.values()} >= {storage(x) for x in written}
         if mutable or not (views or name.startswith("empty") or name.startswith("new_empty")):
             self.ops += 1
@@ -207,8 +218,7 @@ def eager(op, arguments):
 
 def floor_bytes(called):
     """Every input read once, every output and gradient written once."""
-    tensors = [x for x in called.arguments.values() if isinstance(x, torch.Tensor)]
-    return sum(map(nbytes, (*tensors, *called.outputs)))
+    return sum(map(nbytes, (*tensors(called.arguments), *called.outputs)))
 
 
 def moved_bytes(called):
@@ -218,11 +228,9 @@ def moved_bytes(called):
 
 
 def _swapped_reads(called):
-    """Corrects for scores [V, B, K]: passes of the potentials read the A assign crops; loss and gradient read V rows and A targets."""
-    scores = called.arguments["scores"]
-    crops, assigned, rows = scores.shape[0], len(called.arguments["assign"]), nbytes(scores) // scores.shape[0]
-    forward, backward = (sum(launch.takes(scores) for launch in side) for side in (called.forward, called.backward))
-    return rows * ((forward - 1) * (assigned - crops) + (1 + backward) * assigned)
+    """Corrects for scores: loss and gradient read the V crops that they are given, and the A assign crops of them as targets."""
+    rows = sum(map(nbytes, tensors(called.arguments["scores"]))) // len(called.arguments["scores"])
+    return rows * len(called.arguments["assign"]) * (1 + len(called.backward))
 
 
 READS = {"swapped_prediction": _swapped_reads}

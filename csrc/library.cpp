@@ -71,8 +71,8 @@ TORCH_LIBRARY_IMPL(fuseer, CPU, m) {
     return fuseer::sinkhorn_cpu(scores, epsilon, iterations, group_name);
   });
   m.impl("swapped_prediction.cpu",
-         [](const at::Tensor& scores, const std::optional<at::Tensor>& queue_scores, at::IntArrayRef assign, double epsilon,
-            int64_t iterations, double temperature, std::string group_name) {
+         [](at::TensorList scores, at::TensorList queue_scores, at::IntArrayRef assign, double epsilon, int64_t iterations,
+            double temperature, std::string group_name) {
            return fuseer::swapped_prediction_cpu(scores, queue_scores, assign, epsilon, iterations, temperature, group_name);
          });
   m.impl("swapped_prediction_backward.cpu", fuseer::swapped_prediction_backward_cpu);

@@ -25,11 +25,10 @@ at::Tensor rows_in_one_piece(const at::Tensor& x);
 
 at::Tensor sinkhorn_cpu(const at::Tensor& scores, double epsilon, int64_t iterations, const std::string& group_name);
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swapped_prediction_cpu(const at::Tensor& scores,
-                                                                                  const std::optional<at::Tensor>& queue_scores,
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swapped_prediction_cpu(at::TensorList scores, at::TensorList queue_scores,
                                                                                   at::IntArrayRef assign, double epsilon, int64_t iterations,
                                                                                   double temperature, const std::string& group_name);
-at::Tensor swapped_prediction_backward_cpu(const at::Tensor& dloss, const at::Tensor& scores, const at::Tensor& potentials,
+at::Tensor swapped_prediction_backward_cpu(const at::Tensor& dloss, at::TensorList scores, const at::Tensor& potentials,
                                            const at::Tensor& statistics, const at::Tensor& scale, at::IntArrayRef assign, double epsilon,
                                            double temperature);
 

@@ -1,7 +1,6 @@
 """How do Triton kernels find Sinkhorn's column potentials? For every op whose codes come from them."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 
@@ -20,48 +19,40 @@ SEGMENT = 2048
 MERGE = {"BLOCK_P": 16, "BLOCK_K": 128, "num_warps": 4}
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows whose columns are balanced: scores [H or more crops, N, K], before them queue [H, Q, K]; heads H = len(assign).
+def matrices(given):
+    """The matrices [N, K] that are given: as a list of them, empty too, or of one tensor [H, N, K]."""
+    return given[0].unbind() if len(given) == 1 and given[0].dim() == 3 else given
 
-    assign: the crop of `scores` that is each head's; None where they are the heads themselves.
+
+class Rows:
+    """The rows whose columns are balanced, of each head on its own: scores [H, N, K], or a list of H matrices [N, K] that may lie
+    anywhere; before them the rows of `queue`, none or a list of H matrices [Q, K].
+
+    layout: the kernels' constants about memory. arguments: pointers and strides of both segments, Q, all rows, K. Row and head
+    strides and K come in UNITs, which divide them.
     """
 
-    scores: torch.Tensor
-    queue: torch.Tensor | None = None
-    assign: tuple | None = None
-
-    @property
-    def heads(self):
-        return self.scores.shape[0] if self.assign is None else len(self.assign)
-
-    @property
-    def count(self):
-        return self.scores.shape[1] + (0 if self.queue is None else self.queue.shape[1])
+    def __init__(self, scores, queue=()):
+        if isinstance(scores, torch.Tensor):
+            first, contiguous, align = scores, scores.stride(2) == 1, None
+            N, self.k = scores.shape[1:]
+            unit = _tl.unit(self.k, *scores.stride()[:2]) if contiguous else 1
+            own = scores, scores.stride(0) // unit, scores.stride(1) // unit, scores.stride(2)
+            before = own[0], *own[2:]
+        else:
+            first, (N, self.k) = scores[0], scores[0].shape
+            listed = _tl.Listed.of(scores, *queue)
+            before = _tl.Listed.of(queue, *scores)[:3] if queue else listed[:3]
+            own, contiguous, align, unit = (listed.pointers, 0, *listed[1:3]), listed.contiguous, listed.align, listed.unit
+        stored = queue[0].shape[0] if queue else 0
+        self.heads, self.segments, self.count = len(scores), (N, stored), N + stored
+        self.item, self.device = first.element_size(), first.device
+        self.layout = {"ALIGN": align, "QUEUE": bool(queue), "CONTIGUOUS": contiguous, "UNIT": unit}
+        self.arguments = *own, *before, stored, self.count, self.k // unit
 
     def runs(self, each):
         """How many runs of `each` rows the two segments are cut into."""
-        return triton.cdiv(self.scores.shape[1], each) + (0 if self.queue is None else triton.cdiv(self.queue.shape[1], each))
-
-    @property
-    def k(self):
-        return self.scores.shape[2]
-
-    @property
-    def layout(self):
-        """The kernels' constants about memory; UNIT divides every stride and K."""
-        tensors = [x for x in (self.scores, self.queue) if x is not None]
-        contiguous = all(x.stride(2) == 1 for x in tensors)
-        unit = _tl.unit(self.k, *(stride for x in tensors for stride in x.stride()[:2])) if contiguous else 1
-        return {"ASSIGN": self.assign, "QUEUE": self.queue is not None, "CONTIGUOUS": contiguous, "UNIT": unit}
-
-    @property
-    def arguments(self):
-        """The kernels' arguments about memory: pointer and strides of both segments, Q, all rows, K; strides and K in UNITs."""
-        queue, unit = self.scores if self.queue is None else self.queue, self.layout["UNIT"]
-        stored = self.count - self.scores.shape[1]
-        segments = ((x, x.stride(0) // unit, x.stride(1) // unit, x.stride(2)) for x in (self.scores, queue))
-        return *(value for segment in segments for value in segment), stored, self.count, self.k // unit
+        return sum(triton.cdiv(rows, each) for rows in self.segments)
 
 
 def resident(rows, target):
@@ -85,7 +76,7 @@ def at_once(rows, options, target):
 
 def tile(rows):
     """A tile of rows that are read but not held."""
-    block_k = min(_tl.power_of_two(rows.k), SEGMENT // rows.scores.element_size())
+    block_k = min(_tl.power_of_two(rows.k), SEGMENT // rows.item)
     return {"BLOCK_N": max(1, min(_tl.power_of_two(rows.count), TILE // block_k)), "BLOCK_K": block_k, "num_warps": 4}
 
 
@@ -105,7 +96,7 @@ def potentials(rows, epsilon, iterations, group_name, passengers=()):
     each later one a single one where a program holds a row, else two. Collectives over the group: one MAX, then `iterations`
     SUMs of [H, K], the passengers riding in the first.
     """
-    target, inverse = _tl.target(rows.scores.device), _tl.inverse(epsilon)
+    target, inverse = _tl.target(rows.device), _tl.inverse(epsilon)
     v, arrived = _first_step(rows, inverse, target, group_name, passengers)
     for _ in range(iterations - 1):
         options = resident(rows, target)
@@ -120,12 +111,12 @@ def potentials(rows, epsilon, iterations, group_name, passengers=()):
 
 
 def _first_step(rows, inverse, target, group_name, passengers):
-    scores, options = rows.scores, tile(rows)
+    options = tile(rows)
     count, each = runs(rows, options, target)
-    partials = torch.empty((2, count, rows.heads, rows.k), dtype=torch.float32, device=scores.device)
+    partials = torch.empty((2, count, rows.heads, rows.k), dtype=torch.float32, device=rows.device)
     grid = (triton.cdiv(rows.k, options["BLOCK_K"]), count, rows.heads)
     _tl.launch(_first_partials, grid, *rows.arguments, inverse[0], partials, each, **rows.layout, **options)
-    v = torch.empty((rows.heads, rows.k), dtype=torch.float32, device=scores.device)
+    v = torch.empty((rows.heads, rows.k), dtype=torch.float32, device=rows.device)
     top = torch.empty_like(v) if group_name else v
     grid = (triton.cdiv(rows.k, MERGE["BLOCK_K"]), rows.heads)
     arguments = (partials, v, top, *inverse, count, rows.heads, rows.k // _tl.unit(rows.k))
@@ -201,8 +192,8 @@ def load_statistics(statistics_ptr, head, R, start, stop, BLOCK_N: tl.constexpr)
 
 @triton.jit
 def _first_partials(
-    x_ptr, x_head, x_row, x_column, queue_ptr, queue_head, queue_row, queue_column, Q, R, k_units, high, partial_ptr, each,
-    ASSIGN: tl.constexpr, QUEUE: tl.constexpr, CONTIGUOUS: tl.constexpr, UNIT: tl.constexpr,
+    x_ptr, x_head, x_row, x_column, queue_ptr, queue_row, queue_column, Q, R, k_units, high, partial_ptr, each,
+    ALIGN: tl.constexpr, QUEUE: tl.constexpr, CONTIGUOUS: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Maximum of the scores, and sum of exp((scores - maximum)/epsilon), of each column over one run of rows."""
@@ -214,8 +205,8 @@ def _first_partials(
     first, stop = _tl.run_of_rows(run, each, Q, R)
     for start in range(first, stop, BLOCK_N):
         x = _tl.load_tile(
-            x_ptr, x_head, x_row, x_column, queue_ptr, queue_head, queue_row, queue_column, Q, head, start, stop, k, K,
-            ASSIGN, QUEUE, CONTIGUOUS, UNIT, BLOCK_N,
+            x_ptr, x_head, x_row, x_column, queue_ptr, queue_row, queue_column, Q, head, start, stop, k, K,
+            ALIGN, QUEUE, CONTIGUOUS, UNIT, BLOCK_N,
         )  # fmt: skip
         higher = tl.maximum(top, tl.max(x, 0))
         total = total * tl.exp((top - higher) * high) + tl.sum(tl.exp((x - higher[None, :]) * high), 0)
@@ -274,8 +265,8 @@ def _merge_sums(
 
 @triton.jit
 def _resident_partials(
-    x_ptr, x_head, x_row, x_column, queue_ptr, queue_head, queue_row, queue_column, Q, R, k_units, high, low, v_ptr, partial_ptr,
-    ASSIGN: tl.constexpr, QUEUE: tl.constexpr, CONTIGUOUS: tl.constexpr, UNIT: tl.constexpr,
+    x_ptr, x_head, x_row, x_column, queue_ptr, queue_row, queue_column, Q, R, k_units, high, low, v_ptr, partial_ptr,
+    ALIGN: tl.constexpr, QUEUE: tl.constexpr, CONTIGUOUS: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Column sums of softmax(scores/epsilon + v) over every P-th row, P programs a head; each row is read once."""
@@ -285,8 +276,8 @@ def _resident_partials(
     sums = tl.zeros([BLOCK_K], tl.float32)
     for r in range(tl.program_id(0), R, tl.num_programs(0)):
         x = _tl.load_row(
-            x_ptr, x_head, x_row, x_column, queue_ptr, queue_head, queue_row, queue_column, Q, head, r, k, K,
-            ASSIGN, QUEUE, CONTIGUOUS, UNIT,
+            x_ptr, x_head, x_row, x_column, queue_ptr, queue_row, queue_column, Q, head, r, k, K,
+            ALIGN, QUEUE, CONTIGUOUS, UNIT,
         )  # fmt: skip
         x = _tl.logits(x, v, high, low)
         e = tl.exp(x - tl.max(x, 0))
@@ -297,8 +288,8 @@ def _resident_partials(
 
 @triton.jit
 def _row_statistics(
-    x_ptr, x_head, x_row, x_column, queue_ptr, queue_head, queue_row, queue_column, Q, R, k_units, high, low, v_ptr, statistics_ptr, span,
-    ASSIGN: tl.constexpr, QUEUE: tl.constexpr, CONTIGUOUS: tl.constexpr, UNIT: tl.constexpr,
+    x_ptr, x_head, x_row, x_column, queue_ptr, queue_row, queue_column, Q, R, k_units, high, low, v_ptr, statistics_ptr, span,
+    ALIGN: tl.constexpr, QUEUE: tl.constexpr, CONTIGUOUS: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """(maximum, sum of exponentials) of scores/epsilon + v for each row over one span of columns."""
@@ -311,8 +302,8 @@ def _row_statistics(
         k = start + tl.arange(0, BLOCK_K)
         v = tl.load(v_ptr + head.to(tl.int64) * K + k, mask=k < K, other=0.0)
         x = _tl.load_tile(
-            x_ptr, x_head, x_row, x_column, queue_ptr, queue_head, queue_row, queue_column, Q, head, first, stop, k, K,
-            ASSIGN, QUEUE, CONTIGUOUS, UNIT, BLOCK_N,
+            x_ptr, x_head, x_row, x_column, queue_ptr, queue_row, queue_column, Q, head, first, stop, k, K,
+            ALIGN, QUEUE, CONTIGUOUS, UNIT, BLOCK_N,
         )  # fmt: skip
         x = _tl.logits(x, v[None, :], high, low)
         higher = tl.maximum(top, tl.max(x, 1))
@@ -326,9 +317,9 @@ def _row_statistics(
 
 @triton.jit
 def _streamed_partials(
-    x_ptr, x_head, x_row, x_column, queue_ptr, queue_head, queue_row, queue_column, Q, R, k_units, high, low, v_ptr, statistics_ptr,
+    x_ptr, x_head, x_row, x_column, queue_ptr, queue_row, queue_column, Q, R, k_units, high, low, v_ptr, statistics_ptr,
     partial_ptr, each,
-    ASSIGN: tl.constexpr, QUEUE: tl.constexpr, CONTIGUOUS: tl.constexpr, UNIT: tl.constexpr,
+    ALIGN: tl.constexpr, QUEUE: tl.constexpr, CONTIGUOUS: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Column sums of softmax(scores/epsilon + v) over one run of rows, whose normalisers are in statistics_ptr."""
@@ -340,8 +331,8 @@ def _streamed_partials(
     first, stop = _tl.run_of_rows(run, each, Q, R)
     for start in range(first, stop, BLOCK_N):
         x = _tl.load_tile(
-            x_ptr, x_head, x_row, x_column, queue_ptr, queue_head, queue_row, queue_column, Q, head, start, stop, k, K,
-            ASSIGN, QUEUE, CONTIGUOUS, UNIT, BLOCK_N,
+            x_ptr, x_head, x_row, x_column, queue_ptr, queue_row, queue_column, Q, head, start, stop, k, K,
+            ALIGN, QUEUE, CONTIGUOUS, UNIT, BLOCK_N,
         )  # fmt: skip
         top, total = load_statistics(statistics_ptr, head, R, start, stop, BLOCK_N)
         sums += tl.sum(tl.exp(_tl.logits(x, v[None, :], high, low) - top) * (1.0 / total), 0)

@@ -98,6 +98,40 @@ def unit(*numbers):
     return math.gcd(16, *numbers)
 
 
+class Listed(NamedTuple):
+    """Matrices [N, K] of one shape, wherever each lies, as kernels take them: a pointer and strides for each, beside the scalars.
+
+    No table is made in memory: what is launched holds the pointers, in a CUDA graph too. Row strides come in units of `unit`, which
+    divides them and K; `align` divides the address of every row, in bytes.
+    """
+
+    pointers: tuple
+    rows: tuple
+    columns: tuple
+    unit: int
+    contiguous: bool
+    align: int
+
+    @classmethod
+    def of(cls, tensors, *others):
+        """Of `tensors`, in a unit and an alignment that are those of `others` too."""
+        every = (*tensors, *others)
+        contiguous = all(x.stride(1) == 1 for x in every)
+        step = unit(every[0].shape[1], *(x.stride(0) for x in every)) if contiguous else 1
+        align = math.gcd(16, step * every[0].element_size(), *(x.data_ptr() for x in every))
+        rows, columns = (tuple(x.stride(axis) for x in tensors) for axis in (0, 1))
+        return cls(tuple(tensors), tuple(row // step for row in rows), columns, step, contiguous, align)
+
+
+@triton.jit
+def chosen(values, number):
+    """values[number] of a tuple by choices, for a number or numbers known when it runs; values[0] beyond its end."""
+    found = values[0]
+    for i in tl.static_range(1, len(values)):
+        found = tl.where(number == i, values[i], found)
+    return found
+
+
 @triton.jit
 def divided(x, high, low):
     """x * (high + low), rounded once."""
@@ -120,46 +154,63 @@ def run_of_rows(run, each, Q, R):
 
 @triton.jit
 def row_pointers(
-    x_ptr, x_head, x_row, queue_ptr, queue_head, queue_row, Q, head, r, stored,
-    ASSIGN: tl.constexpr, QUEUE: tl.constexpr, UNIT: tl.constexpr,
+    x_ptr, x_head, x_row, queue_ptr, queue_row, Q, head, r, stored,
+    ALIGN: tl.constexpr, QUEUE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Where row or rows r of one head begin: in the queue where they are `stored`, else in crop ASSIGN[head], or crop `head`.
+    """Where row or rows r of one head begin: in its queue where they are `stored`, else among its own.
 
+    Heads are x_head apart, or with ALIGN listed: tuples of a pointer and a stride for each, ALIGN dividing the address of every row.
     Strides come in UNITs, so that the compiler knows what divides them; `stored` is one for all r, because a choice row by row
     hides the alignment of the pointers from it. Offsets are 64 bits wide.
     """
-    crop = head
-    if ASSIGN is not None:
-        for a in tl.static_range(len(ASSIGN)):
-            crop = tl.where(head == a, ASSIGN[a], crop)
-    base = x_ptr + crop.to(tl.int64) * x_head * UNIT
-    stride = x_row
-    if QUEUE:
-        base = tl.where(stored, queue_ptr + head.to(tl.int64) * queue_head * UNIT, base)
-        stride = tl.where(stored, queue_row, x_row)
-    return base + (r - tl.where(stored, 0, Q)).to(tl.int64) * stride * UNIT
+    place = (r - tl.where(stored, 0, Q)).to(tl.int64)
+    if ALIGN is None:
+        rows = x_ptr + head.to(tl.int64) * x_head * UNIT + place * x_row * UNIT
+    else:
+        base, stride = chosen(x_ptr, head), chosen(x_row, head)
+        if QUEUE:
+            base = tl.where(stored, chosen(queue_ptr, head), base)
+            stride = tl.where(stored, chosen(queue_row, head), stride)
+        rows = tl.multiple_of(base + place * stride * UNIT, ALIGN)
+    return rows
+
+
+@triton.jit
+def column_offsets(
+    x_column, queue_column, head, stored, k, ALIGN: tl.constexpr, QUEUE: tl.constexpr, CONTIGUOUS: tl.constexpr
+):  # fmt: skip
+    """How far columns k are from the beginning of their row, in one head's queue or among its own rows."""
+    offsets = k
+    if not CONTIGUOUS:
+        column = x_column
+        if ALIGN is not None:
+            column = chosen(x_column, head)
+            if QUEUE:
+                column = tl.where(stored, chosen(queue_column, head), column)
+        offsets = k.to(tl.int64) * column
+    return offsets
 
 
 @triton.jit
 def load_row(
-    x_ptr, x_head, x_row, x_column, queue_ptr, queue_head, queue_row, queue_column, Q, head, r, k, K,
-    ASSIGN: tl.constexpr, QUEUE: tl.constexpr, CONTIGUOUS: tl.constexpr, UNIT: tl.constexpr,
+    x_ptr, x_head, x_row, x_column, queue_ptr, queue_row, queue_column, Q, head, r, k, K,
+    ALIGN: tl.constexpr, QUEUE: tl.constexpr, CONTIGUOUS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Columns k [BLOCK_K] of row r in float32; -inf beyond K."""
-    row = row_pointers(x_ptr, x_head, x_row, queue_ptr, queue_head, queue_row, Q, head, r, r < Q, ASSIGN, QUEUE, UNIT)
-    k_offset = k if CONTIGUOUS else k.to(tl.int64) * tl.where(r < Q, queue_column, x_column)
+    row = row_pointers(x_ptr, x_head, x_row, queue_ptr, queue_row, Q, head, r, r < Q, ALIGN, QUEUE, UNIT)
+    k_offset = column_offsets(x_column, queue_column, head, r < Q, k, ALIGN, QUEUE, CONTIGUOUS)
     return tl.load(row + k_offset, mask=k < K, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
 def load_tile(
-    x_ptr, x_head, x_row, x_column, queue_ptr, queue_head, queue_row, queue_column, Q, head, start, stop, k, K,
-    ASSIGN: tl.constexpr, QUEUE: tl.constexpr, CONTIGUOUS: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_ptr, x_head, x_row, x_column, queue_ptr, queue_row, queue_column, Q, head, start, stop, k, K,
+    ALIGN: tl.constexpr, QUEUE: tl.constexpr, CONTIGUOUS: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Columns k [BLOCK_K] of rows start, start + 1, ... of one segment in float32, [BLOCK_N, BLOCK_K]; -inf from `stop` and K on."""
     r, stored = start + tl.arange(0, BLOCK_N), start < Q
-    rows = row_pointers(x_ptr, x_head, x_row, queue_ptr, queue_head, queue_row, Q, head, r, stored, ASSIGN, QUEUE, UNIT)
-    k_offset = k if CONTIGUOUS else k.to(tl.int64) * tl.where(stored, queue_column, x_column)
+    rows = row_pointers(x_ptr, x_head, x_row, queue_ptr, queue_row, Q, head, r, stored, ALIGN, QUEUE, UNIT)
+    k_offset = column_offsets(x_column, queue_column, head, stored, k, ALIGN, QUEUE, CONTIGUOUS)
     mask = (r < stop)[:, None] & (k < K)[None, :]
     return tl.load(rows[:, None] + k_offset[None, :], mask=mask, other=float("-inf")).to(tl.float32)
 

@@ -156,7 +156,7 @@ def widened(function):
     """The forward body of a plain reference: every tensor cast to the compute dtype of the first; outputs contiguous, as the fakes say."""
 
     def forward(first, *rest):
-        dtype = compute_dtype(first.dtype)
+        dtype = compute_dtype(first[0].dtype if isinstance(first, (list, tuple)) else first.dtype)
         out = function(*(_cast(value, dtype) for value in (first, *rest)))
         return tuple(x.contiguous() for x in out) if isinstance(out, tuple) else out.contiguous()
 
@@ -164,15 +164,20 @@ def widened(function):
 
 
 def differentiated(function):
-    """The backward body of a plain reference: d<dout, function(first, ...)>/d(first) by autograd; contiguous, in the dtype of `first`."""
+    """The backward body of a plain reference: d<dout, function(first, ...)>/d(first) by autograd; contiguous, in the dtype of `first`.
+
+    Where `first` is a list of tensors of one shape, their gradients come stacked.
+    """
 
     def backward(dout, first, *rest):
-        dtype = compute_dtype(first.dtype)
+        listed = isinstance(first, (list, tuple))
+        given = first if listed else [first]
+        dtype = compute_dtype(given[0].dtype)
         with recording():
-            leaf = first.detach().to(dtype).requires_grad_()
-            out = function(leaf, *(_cast(value, dtype) for value in rest))
-            (dfirst,) = torch.autograd.grad(out, leaf, dout.to(out.dtype))
-        return dfirst.to(first.dtype).contiguous()
+            leaves = [x.detach().to(dtype).requires_grad_() for x in given]
+            out = function(leaves if listed else leaves[0], *(_cast(value, dtype) for value in rest))
+            grads = torch.autograd.grad(out, leaves, dout.to(out.dtype), materialize_grads=True)
+        return (torch.stack(grads) if listed else grads[0]).to(given[0].dtype).contiguous()
 
     return backward
 
@@ -189,4 +194,6 @@ def recording():
 
 
 def _cast(value, dtype):
+    if isinstance(value, (list, tuple)):
+        return [_cast(x, dtype) for x in value]
     return value.detach().to(dtype) if isinstance(value, torch.Tensor) else value

@@ -95,8 +95,7 @@ class SwaVLoss(nn.Module):
     of [Q, K], one per high-resolution crop. sinkhorn_gather_distributed=True makes codes from the rows of all ranks of a
     torch.distributed that is initialised when forward is called; alone it changes nothing. B may then differ between ranks;
     averaging gradients over ranks gives that of the global mean.
-    Crops of separate memory are stacked, which takes as much again as they do; training that can hands swapped_prediction one
-    tensor [V, B, K].
+    The crops are read where they lie: none is copied or stacked.
     Unlike lightly's: the loss has no axis, is float32 for half inputs, and stays finite at any finite score.
     Raises ValueError for fewer than 2 crops, no assigned one, or shapes that differ; TypeError for dtypes.
     """
@@ -111,12 +110,12 @@ class SwaVLoss(nn.Module):
     def forward(self, high_resolution_outputs, low_resolution_outputs, queue_outputs=None):
         assigned = len(high_resolution_outputs)
         return swapped_prediction(
-            _stacked("crops", [*high_resolution_outputs, *low_resolution_outputs]),
+            [*high_resolution_outputs, *low_resolution_outputs],
             assign=tuple(range(assigned)),
             epsilon=self.sinkhorn_epsilon,
             iterations=self.sinkhorn_iterations,
             temperature=self.temperature,
-            queue_scores=None if queue_outputs is None else _stacked("queue_outputs", [x.detach() for x in queue_outputs[:assigned]]),
+            queue_scores=None if queue_outputs is None else queue_outputs[:assigned],
             group=_all_ranks(self.sinkhorn_gather_distributed),
         )
 
@@ -136,14 +135,3 @@ def _bank(size):
 def _all_ranks(wanted):
     """The group of all ranks where it is wanted and there is one; else None, which means this process alone."""
     return dist.group.WORLD if wanted and dist.is_available() and dist.is_initialized() else None
-
-
-def _stacked(name, crops):
-    if not crops:
-        raise ValueError(f"SwaVLoss: {name} must hold at least one tensor of scores; got none")
-    for crop in crops:
-        checks.tensor("SwaVLoss", f"every one of {name}", crop, "[B, K]")
-        checks.shape("SwaVLoss", f"every one of {name}", crop, "[B, K]", crops[0].shape)
-        checks.same_dtype("SwaVLoss", f"the first of {name}", crops[0], f"every one of {name}", crop)
-        checks.same_device("SwaVLoss", f"the first of {name}", crops[0], f"every one of {name}", crop)
-    return torch.stack(crops)

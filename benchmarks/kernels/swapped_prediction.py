@@ -14,7 +14,7 @@ def official(scores, queue_scores, assign, epsilon, iterations, temperature):
     for a, i in enumerate(assign):
         with torch.no_grad():
             rows = scores[i].detach() if queue_scores is None else torch.cat((queue_scores[a], scores[i].detach()))
-            codes = sinkhorn.official(rows, epsilon, iterations)[-scores.shape[1] :]
+            codes = sinkhorn.official(rows, epsilon, iterations)[-len(scores[i]) :]
         subloss = 0
         for v in range(len(scores)):
             if v != i:

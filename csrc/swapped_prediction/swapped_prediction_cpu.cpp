@@ -21,23 +21,26 @@ const SwappedKernels<T>& kernels(ScoreType type) {
   }
 }
 
-// The scores [V, B, K] of all crops, by pointer.
+// The crops, or their queues, by pointer: of one tensor [V, B, K], or of V tensors [B, K] wherever each lies. None is stacked.
 struct Crops {
-  explicit Crops(const at::Tensor& scores)
-      : data(static_cast<const char*>(scores.const_data_ptr())),
-        item(scores.element_size()),
-        v(scores.size(0)),
-        b(scores.size(1)),
-        k(scores.size(2)),
-        crop_stride(scores.stride(0) * item),
-        row_stride(scores.stride(1) * item) {}
-  const void* row(int64_t crop, int64_t image) const { return data + crop * crop_stride + image * row_stride; }
+  explicit Crops(at::TensorList scores) {
+    for (const at::Tensor& given : scores) {
+      const at::Tensor& x = memory.emplace_back(rows_in_one_piece(given));
+      b = x.size(-2), k = x.size(-1), item = x.element_size();
+      for (int64_t crop = 0; crop < (x.dim() == 3 ? x.size(0) : 1); ++crop) {
+        crops.push_back({static_cast<const char*>(x.const_data_ptr()) + crop * x.stride(0) * item, b, x.stride(-2) * item});
+      }
+    }
+    v = static_cast<int64_t>(crops.size());
+  }
+  const void* row(int64_t crop, int64_t image) const { return crops[crop].data + image * crops[crop].stride; }
   // What is read after a crop: the image's next one, after the last the next image's first code; of no image, an address.
   const void* after(int64_t crop, int64_t image, int64_t first_code) const {
     return crop + 1 < v ? row(crop + 1, image) : row(first_code, image + 1);
   }
-  const char* data;
-  int64_t item, v, b, k, crop_stride, row_stride;
+  int64_t v = 0, b = 0, k = 0, item = 0;
+  std::vector<Segment> crops;
+  std::vector<at::Tensor> memory;  // what they point into: the scores, or a copy where the numbers of a row do not lie side by side
 };
 
 // One image's codes, and what each of its crops is charged with: the sum of the codes of the assign crops other than itself.
@@ -110,17 +113,16 @@ std::vector<T> in_powers_of_two(const at::Tensor& potentials) {
 
 // Sinkhorn's potentials of the assign crops' columns over queue and own rows; `scale` becomes W / max(1, sum over ranks of B).
 template <typename T>
-std::unique_ptr<Potentials<T>> potentials_of(const Crops& crops, ScoreType type, const at::Tensor& queue, at::IntArrayRef assign,
+std::unique_ptr<Potentials<T>> potentials_of(const Crops& crops, ScoreType type, const Crops& queue, at::IntArrayRef assign,
                                                     double epsilon, int64_t iterations, const std::string& group_name, double& scale) {
-  const int64_t codes = static_cast<int64_t>(assign.size()), queued = queue.defined() ? queue.size(1) : 0;
+  const int64_t codes = static_cast<int64_t>(assign.size()), queued = queue.b;
   std::vector<std::vector<Segment>> segments;
   for (int64_t a = 0; a < codes; ++a) {
     segments.emplace_back();
     if (queued > 0) {
-      const char* data = static_cast<const char*>(queue.const_data_ptr()) + a * queue.stride(0) * crops.item;
-      segments[a].push_back({data, queued, queue.stride(1) * crops.item});
+      segments[a].push_back(queue.crops[a]);
     }
-    segments[a].push_back({static_cast<const char*>(crops.row(assign[a], 0)), crops.b, crops.row_stride});
+    segments[a].push_back(crops.crops[assign[a]]);
   }
   // Exponentials are kept where that takes no more memory than the gradient will. The block is of the gradient's size, so that the
   // gradient can have it afterwards; what is not touched of it costs nothing.
@@ -138,13 +140,13 @@ std::unique_ptr<Potentials<T>> potentials_of(const Crops& crops, ScoreType type,
 }
 
 template <typename T>
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& scores, const at::Tensor& queue, at::IntArrayRef assign,
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(at::TensorList scores, at::TensorList queue, at::IntArrayRef assign,
                                                                    double epsilon, int64_t iterations, double temperature,
                                                                    const std::string& group_name) {
-  const Crops crops(scores);
-  const ScoreType type = score_type(scores, "swapped_prediction");
+  const Crops crops(scores), stored(queue);
+  const ScoreType type = score_type(scores[0], "swapped_prediction");
   double scale;
-  const auto found = potentials_of<T>(crops, type, queue, assign, epsilon, iterations, group_name, scale);
+  const auto found = potentials_of<T>(crops, type, stored, assign, epsilon, iterations, group_name, scale);
   const at::Tensor potentials = found->in_nats();
   const int64_t codes = static_cast<int64_t>(assign.size());
   at::Tensor statistics = at::empty({crops.v + codes, crops.b, 2}, potentials.scalar_type());
@@ -178,15 +180,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const at::Ten
 }
 
 template <typename T>
-at::Tensor backward(const at::Tensor& dloss, const at::Tensor& scores, const at::Tensor& potentials, const at::Tensor& statistics,
+at::Tensor backward(const at::Tensor& dloss, at::TensorList scores, const at::Tensor& potentials, const at::Tensor& statistics,
                     const at::Tensor& scale, at::IntArrayRef assign, double epsilon, double temperature) {
   const Crops crops(scores);
-  const ScoreType type = score_type(scores, "swapped_prediction");
+  const ScoreType type = score_type(scores[0], "swapped_prediction");
   const int64_t codes = static_cast<int64_t>(assign.size()), width = padded(crops.k);
   const std::vector<T> columns = in_powers_of_two<T>(potentials);
   const auto* row_statistics = reinterpret_cast<const RowStatistics<T>*>(statistics.const_data_ptr<T>());
   const double factor = dloss.item<double>() * scale.item<double>() / (static_cast<double>(codes * (crops.v - 1)) * temperature);
-  at::Tensor dscores = result(scores.sizes(), scores.scalar_type());
+  at::Tensor dscores = result({crops.v, crops.b, crops.k}, scores[0].scalar_type());
   char* out = static_cast<char*>(dscores.mutable_data_ptr());
   const bool stream = static_cast<int64_t>(dscores.nbytes()) > kStreamedBytes;
   at::parallel_for(0, crops.b, images_of_a_thread(crops), [&](int64_t begin, int64_t end) {
@@ -214,21 +216,18 @@ at::Tensor backward(const at::Tensor& dloss, const at::Tensor& scores, const at:
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swapped_prediction_cpu(const at::Tensor& scores_any,
-                                                                                  const std::optional<at::Tensor>& queue_scores,
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swapped_prediction_cpu(at::TensorList scores, at::TensorList queue_scores,
                                                                                   at::IntArrayRef assign, double epsilon, int64_t iterations,
                                                                                   double temperature, const std::string& group_name) {
-  const at::Tensor scores = rows_in_one_piece(scores_any);
-  const at::Tensor queue = queue_scores.has_value() ? rows_in_one_piece(*queue_scores) : at::Tensor();
-  const auto run = scores.scalar_type() == at::kDouble ? forward<double> : forward<float>;
-  return run(scores, queue, assign, epsilon, iterations, temperature, group_name);
+  const auto run = scores[0].scalar_type() == at::kDouble ? forward<double> : forward<float>;
+  return run(scores, queue_scores, assign, epsilon, iterations, temperature, group_name);
 }
 
-at::Tensor swapped_prediction_backward_cpu(const at::Tensor& dloss, const at::Tensor& scores, const at::Tensor& potentials,
+at::Tensor swapped_prediction_backward_cpu(const at::Tensor& dloss, at::TensorList scores, const at::Tensor& potentials,
                                            const at::Tensor& statistics, const at::Tensor& scale, at::IntArrayRef assign, double epsilon,
                                            double temperature) {
-  const auto run = scores.scalar_type() == at::kDouble ? backward<double> : backward<float>;
-  return run(dloss, rows_in_one_piece(scores), potentials.contiguous(), statistics.contiguous(), scale, assign, epsilon, temperature);
+  const auto run = scores[0].scalar_type() == at::kDouble ? backward<double> : backward<float>;
+  return run(dloss, scores, potentials.contiguous(), statistics.contiguous(), scale, assign, epsilon, temperature);
 }
 
 }  // namespace fuseer

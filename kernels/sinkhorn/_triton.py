@@ -36,8 +36,8 @@ def forward(scores, epsilon, iterations, group_name):
 
 @triton.jit
 def _resident_codes(
-    x_ptr, x_head, x_row, x_column, queue_ptr, queue_head, queue_row, queue_column, Q, R, k_units, high, low, v_ptr, codes_ptr,
-    ASSIGN: tl.constexpr, QUEUE: tl.constexpr, CONTIGUOUS: tl.constexpr, UNIT: tl.constexpr,
+    x_ptr, x_head, x_row, x_column, queue_ptr, queue_row, queue_column, Q, R, k_units, high, low, v_ptr, codes_ptr,
+    ALIGN: tl.constexpr, QUEUE: tl.constexpr, CONTIGUOUS: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """codes = softmax(scores/epsilon + v) of every P-th row, P programs a head."""
@@ -46,8 +46,8 @@ def _resident_codes(
     v = tl.load(v_ptr + head.to(tl.int64) * K + k, mask=k < K, other=0.0)
     for r in range(tl.program_id(0), R, tl.num_programs(0)):
         x = _tl.load_row(
-            x_ptr, x_head, x_row, x_column, queue_ptr, queue_head, queue_row, queue_column, Q, head, r, k, K,
-            ASSIGN, QUEUE, CONTIGUOUS, UNIT,
+            x_ptr, x_head, x_row, x_column, queue_ptr, queue_row, queue_column, Q, head, r, k, K,
+            ALIGN, QUEUE, CONTIGUOUS, UNIT,
         )  # fmt: skip
         x = _tl.logits(x, v, high, low)
         e = tl.exp(x - tl.max(x, 0))
@@ -56,9 +56,9 @@ def _resident_codes(
 
 @triton.jit
 def _streamed_codes(
-    x_ptr, x_head, x_row, x_column, queue_ptr, queue_head, queue_row, queue_column, Q, R, k_units, high, low, v_ptr, statistics_ptr,
+    x_ptr, x_head, x_row, x_column, queue_ptr, queue_row, queue_column, Q, R, k_units, high, low, v_ptr, statistics_ptr,
     codes_ptr,
-    ASSIGN: tl.constexpr, QUEUE: tl.constexpr, CONTIGUOUS: tl.constexpr, UNIT: tl.constexpr,
+    ALIGN: tl.constexpr, QUEUE: tl.constexpr, CONTIGUOUS: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """codes = softmax(scores/epsilon + v) of one tile, the rows' normalisers in statistics_ptr."""
@@ -68,8 +68,8 @@ def _streamed_codes(
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     v = tl.load(v_ptr + head.to(tl.int64) * K + k, mask=k < K, other=0.0)
     x = _tl.load_tile(
-        x_ptr, x_head, x_row, x_column, queue_ptr, queue_head, queue_row, queue_column, Q, head, start, stop, k, K,
-        ASSIGN, QUEUE, CONTIGUOUS, UNIT, BLOCK_N,
+        x_ptr, x_head, x_row, x_column, queue_ptr, queue_row, queue_column, Q, head, start, stop, k, K,
+        ALIGN, QUEUE, CONTIGUOUS, UNIT, BLOCK_N,
     )  # fmt: skip
     top, total = _potentials.load_statistics(statistics_ptr, head, R, start, stop, BLOCK_N)
     here = (head.to(tl.int64) * R + r)[:, None] * K + k[None, :]

@@ -8,6 +8,6 @@ REASON = extension.reason()
 def unsupported(scores, queue_scores, assign, epsilon, iterations, temperature, group_name):
     if REASON is not None:
         return REASON
-    if scores.device.type != "cpu":
-        return f"scores are on {scores.device.type}, not on the CPU"
+    if scores[0].device.type != "cpu":
+        return f"scores are on {scores[0].device.type}, not on the CPU"
     return None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import triton.language as tl
+from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
 
@@ -130,7 +131,7 @@ def counted():
 
     def run(executor, *args, **options):
         nonlocal own
-        tensors = [x for x in (*args, *options.values()) if isinstance(x, torch.Tensor)]
+        tensors = [x for x in tree_leaves((args, options)) if isinstance(x, torch.Tensor)]
         count.given += tensors
         count.launches.append((executor.fn.__name__, tuple(executor.grid)))
         for accesses in log.values():

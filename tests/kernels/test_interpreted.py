@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
 FILES = {
     "interpreted.py": "",
     "interpreted_contrast.py": "",
+    "interpreted_swapped.py": "",
     "test_all_ops.py": "",
     "test_sinkhorn.py": "triton",
     "test_ranks.py": "",

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fuseer.kernels import extension
 from fuseer.kernels.modules import NTXentLoss, Queue, SwaVLoss
 from tests.ranks import on_ranks
 
@@ -235,6 +236,19 @@ def test_swav_over_lists_of_crops_is_its_pairs(high, low, queued, gather):
     same(criterion(highs, lows, queue), swapped(highs, lows, queue, *options.values()), [*highs, *lows])
 
 
+@pytest.mark.skipif(extension.load() is None, reason="the reference may stack")
+def test_swav_reads_its_crops_where_they_lie():
+    highs, lows, queue = crops(2, 7), crops(3, 7, seed=20), [x.detach() for x in crops(2, 4, seed=40)]
+
+    def copies(step):
+        with torch.autograd.profiler.profile() as profile:
+            step()
+        return {event.name for event in profile.function_events} & {f"aten::{name}" for name in ("stack", "cat", "clone", "copy_")}
+
+    assert not copies(lambda: torch.autograd.grad(SwaVLoss()(highs, lows, queue), [*highs, *lows]))
+    assert "aten::stack" in copies(lambda: torch.stack(highs))
+
+
 def test_swavs_defaults_are_lightlys():
     highs, lows = crops(2, 5), crops(1, 5, seed=20)
     expected = swapped(highs, lows, None, 0.1, 3, 0.05)
@@ -250,9 +264,9 @@ def test_swavs_defaults_are_lightlys():
         (lambda: NTXentLoss(memory_bank_size=(3, 4, 5)), ValueError, r"memory_bank_size must be 0 or .*; got \(3, 4, 5\)"),
         (lambda: NTXentLoss(memory_bank_size=(-3, 4)), ValueError, "Queue: length must be >= 1; got -3"),
         (lambda: NTXentLoss(memory_bank_size=(4, 3))(*crops(2, 2, 3)), ValueError, "out1 must not require a gradient"),
-        (lambda: SwaVLoss()([], []), ValueError, "crops must hold at least one tensor of scores; got none"),
-        (lambda: SwaVLoss()(crops(2, 3), crops(1, 4)), ValueError, r"every one of crops must be \[B, K\] = \[3, 6\]; got \[4, 6\]"),
-        (lambda: SwaVLoss()(crops(2, 3), [torch.ones(3, 6)]), TypeError, "every one of crops must have the dtype of the first of crops"),
+        (lambda: SwaVLoss()([], []), ValueError, r"scores must hold at least one tensor \[B, K\]; got none"),
+        (lambda: SwaVLoss()(crops(2, 3), crops(1, 4)), ValueError, r"scores\[2\] must be \[B, K\] of scores\[0\] = \[3, 6\]; got \[4, 6\]"),
+        (lambda: SwaVLoss()(crops(2, 3), [torch.ones(3, 6)]), TypeError, r"scores\[2\] must have the dtype of scores\[0\]"),
     ],
 )
 def test_the_losses_refuse(call, error, words):

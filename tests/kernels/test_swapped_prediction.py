@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from grid import DTYPES, of, over, trials, widest
+from grid import DTYPES, LAYOUTS, of, over, quick, trials, widest
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fuseer.kernels.swapped_prediction import swapped_prediction
 from fuseer.kernels.testing import Case
@@ -172,10 +173,113 @@ def test_keeps_the_potentials_two_numbers_a_row_and_no_codes(trial):
     assert sum(own) <= a * prototypes + 2 * (crops + a) * rows + 1
 
 
+def copies(call):
+    """The operators among those that `call` runs, also inside C++, which copy tensors or make one of several."""
+    with torch.autograd.profiler.profile() as profile:
+        call()
+    return {event.name for event in profile.function_events} & {f"aten::{name}" for name in ("stack", "cat", "clone", "copy_")}
+
+
+def apart(x):
+    """The matrices of x [V, N, K] each in memory of its own, no two alike: dense, misaligned, inside a wider one, a row in pieces."""
+    layouts = (torch.clone, *LAYOUTS.values())
+    return [layouts[number % len(layouts)](one) for number, one in enumerate(x)]
+
+
+@over(trials(DTYPES, lambda op: quick(op) if op == "swapped_prediction" else ()))
+def test_a_list_is_the_tensor_of_its_crops(trial):
+    """To the bit, in value and in every crop's gradient, whatever memory the crops and queues lie in; a queue may be either."""
+    arguments = trial.arguments()
+    whole, queue = arguments["scores"].requires_grad_(), arguments["queue_scores"]
+    expected = trial.call(**arguments)
+    (gradient,) = torch.autograd.grad(expected, whole)
+    for lay in (apart, torch.clone, lambda x: tuple(x.clone())):
+        crops = [x.detach().requires_grad_() for x in lay(whole.detach())]
+        for stored in (queue, None if queue is None else lay(queue)):
+            found = trial.call(**{**arguments, "scores": crops, "queue_scores": stored})
+            assert torch.equal(found, expected)
+            gradients = torch.autograd.grad(found, crops)
+            assert all(x.dtype == trial.dtype for x in gradients) and torch.equal(torch.stack(gradients), gradient)
+
+
+@EVERY_BACKEND
+def test_a_list_of_views_and_of_one_crop_twice_gets_the_sum(trial):
+    """Crops that are views of one tensor, in any order, or the same tensor: the gradients meet where they came from."""
+    leaf, numbers = cosines(3, 4, 5).to(trial.device, trial.dtype).requires_grad_(), [2, 0, 2, 1]
+    loss = trial.call(scores=[leaf[number] for number in numbers])
+    again = leaf.detach().requires_grad_()
+    expected = trial.call(scores=again[numbers])
+    assert torch.equal(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], torch.autograd.grad(expected, again)[0])
+
+
+@EVERY_BACKEND
+def test_only_some_crops_of_a_list_may_want_a_gradient(trial):
+    crops = list(cosines(3, 4, 5).to(trial.device, trial.dtype))
+    crops[1].requires_grad_()
+    whole = torch.stack([x.detach() for x in crops]).requires_grad_()
+    (expected,) = torch.autograd.grad(trial.call(scores=whole), whole)
+    trial.call(scores=crops).backward()
+    assert torch.equal(crops[1].grad, expected[1]) and crops[0].grad is None
+
+
+@EVERY_BACKEND
+def test_a_changed_crop_is_refused_whichever_it_is(trial):
+    for number in range(3):
+        leaves = [x.requires_grad_() for x in cosines(3, 4, 5).to(trial.device, trial.dtype).unbind()]
+        crops = [leaf * 1 for leaf in leaves]
+        loss = trial.call(scores=crops)
+        with torch.no_grad():
+            crops[number].mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@over([trial for trial in widest("swapped_prediction") if trial.backend == "cpu"])
+def test_crops_are_neither_stacked_nor_copied(trial):
+    crops = [x.to(trial.device, trial.dtype).clone().requires_grad_() for x in cosines(4, 6, 5)]
+    queue = [x.to(trial.device, trial.dtype).clone() for x in cosines(2, 3, 5)]
+    assert not copies(lambda: torch.autograd.grad(trial.call(scores=crops, queue_scores=queue), crops))
+    assert "aten::stack" in copies(lambda: trial.call(scores=torch.stack(crops)))
+
+
+@EVERY_BACKEND
+def test_a_list_passes_opcheck_and_compiles_whole_and_once(trial):
+    raw, backward = (getattr(trial.module, name)[trial.backend] for name in ("RAW", "RAW_BACKWARD"))
+    crops = apart(cosines(3, 6, 5).to(trial.device, trial.dtype))
+    given = (crops, apart(cosines(2, 4, 5).to(trial.device, trial.dtype)), [2, 0], 0.05, 2, 0.1, "")
+    torch.library.opcheck(raw, given)
+    loss, *kept = raw(*given)
+    torch.library.opcheck(backward, (torch.ones_like(loss), crops, *kept, [2, 0], 0.05, 0.1))
+
+    def step(crops, queue):
+        return trial.call(scores=[x * 2 for x in crops], queue_scores=queue)
+
+    torch._dynamo.reset()
+    counter, frames = CompileCounterWithBackend("aot_eager"), set()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    for rows in (6, 9, 14):
+        leaves = [x.to(trial.device, trial.dtype).requires_grad_() for x in cosines(3, rows, 5)]
+        queue = list(cosines(2, rows + 1, 5).to(trial.device, trial.dtype))
+        found, expected = (call(leaves, queue) for call in (compiled, step))
+        assert torch.equal(found, expected)
+        assert all(torch.equal(a, b) for a, b in zip(*(torch.autograd.grad(x, leaves) for x in (found, expected)), strict=True))
+        frames.add(counter.frame_count)
+    assert len(frames) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"scores": [1.0]}, TypeError, "scores must be a tensor"),
+        ({"scores": 1.0}, TypeError, r"scores must be a tensor \[V, B, K\], or a list of tensors \[B, K\]; got float"),
+        ({"scores": [1.0]}, TypeError, r"scores\[0\] must be a tensor \[B, K\]; got float"),
+        ({"scores": []}, ValueError, r"scores must hold at least one tensor \[B, K\]; got none"),
+        ({"scores": [torch.ones(3, 4)], "assign": (0,)}, ValueError, r"V >= 2 crops.*got \[1, 3, 4\]"),
+        ({"scores": [torch.ones(2, 3, 4)] * 2}, ValueError, r"scores\[0\] must be \[B, K\]; got \[2, 3, 4\]"),
+        ({"scores": [torch.ones(3, 4), torch.ones(2, 4)]}, ValueError, r"scores\[1\] must be \[B, K\] of scores\[0\] = .*got \[2, 4\]"),
+        ({"scores": [torch.ones(3, 4), torch.ones(3, 4).half()]}, TypeError, r"scores\[1\] must have the dtype of scores\[0\]"),
+        ({"scores": [torch.ones(3, 4), torch.ones(3, 4, device="meta")]}, ValueError, r"scores\[1\] must be on the device of scores\[0\]"),
+        ({"scores": (torch.ones(3, 0),) * 2}, ValueError, "K >= 1"),
         ({"scores": torch.ones(2, 3, 4, dtype=torch.uint8)}, TypeError, "scores must be float16"),
         ({"scores": torch.ones(6, 4)}, ValueError, r"scores must be \[V, B, K\]; got \[6, 4\]"),
         ({"scores": torch.ones(1, 3, 4), "assign": (0,)}, ValueError, r"V >= 2 crops.*got \[1, 3, 4\]"),
@@ -188,6 +292,8 @@ def test_keeps_the_potentials_two_numbers_a_row_and_no_codes(trial):
         ({"assign": (0.0,)}, TypeError, "assign must be a tuple of crop numbers"),
         ({"queue_scores": torch.ones(1, 5, 4)}, ValueError, r"queue_scores must be \[len\(assign\), Q, K\] = \[2, 5, 4\]; got \[1, 5, 4\]"),
         ({"queue_scores": torch.ones(2, 5, 3)}, ValueError, r"= \[2, 5, 4\]; got \[2, 5, 3\]"),
+        ({"queue_scores": [torch.ones(5, 4)]}, ValueError, r"queue_scores must be \[len\(assign\), Q, K\] = \[2, 5, 4\]; got \[1, 5, 4\]"),
+        ({"queue_scores": [torch.ones(5, 4), torch.ones(4, 4)]}, ValueError, r"queue_scores\[1\] must be \[Q, K\] of queue_scores\[0\]"),
         ({"queue_scores": torch.ones(5, 4)}, ValueError, r"queue_scores must be \[A, Q, K\]; got \[5, 4\]"),
         ({"queue_scores": torch.ones(2, 5, 4).half()}, TypeError, "queue_scores must have the dtype of scores"),
         ({"queue_scores": torch.ones(2, 5, 4, device="meta")}, ValueError, "queue_scores must be on the device of scores"),
