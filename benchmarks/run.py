@@ -17,7 +17,7 @@ import torch
 from benchmarks import measure
 from fuseer.engine.distributed import keep_freed_memory
 from fuseer.kernels import dispatch, functional
-from fuseer.kernels.testing import inputs, outputs, verdicts
+from fuseer.kernels.testing import inputs, outputs, raw_arguments, verdicts
 
 OPS = sorted(path.stem for path in (Path(__file__).parent / "kernels").glob("*.py"))
 OTHERS = ("sweep", "step", "report")
@@ -38,8 +38,7 @@ def reference(op):
 
 def backends(op, arguments):
     """The backends that take these arguments, the preferred one first."""
-    given = {**arguments, "group_name": "", "same_rows": False, "gradient": True}
-    raw = tuple(given[argument.name] for argument in part(op, "op").RAW["reference"]._schema.arguments)
+    raw = raw_arguments(part(op, "op").RAW["reference"], arguments)
     named = [(dispatch.backend_of(impl), impl) for impl in part(op, "op").IMPLS]
     return [name for name, impl in named if name == "reference" or impl.unsupported(*raw) is None]
 

@@ -72,6 +72,22 @@ def inputs(case, dtype, seed=0, device="cpu"):
     return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in _cast(made, dtype).items()}
 
 
+def raw_arguments(raw, arguments):
+    """A raw op's arguments from a case's, in the order of the schema: alone, with the gradient where the raw op makes it.
+
+    What is one tensor in a case and a list in the schema is a list of one, and None an empty list.
+    """
+    known = {"group_name": "", "gradient": True, "same_rows": False, **arguments}
+
+    def given(argument):
+        value = known[argument.name]
+        if str(argument.type) != "List[Tensor]" or isinstance(value, list):
+            return value
+        return [] if value is None else [value]
+
+    return tuple(given(argument) for argument in raw._schema.arguments)
+
+
 def outputs(function, arguments, differentiable, seed=1):
     """{"out": function(**arguments)} and {"d<name>": its gradient under one fixed random cotangent} for each differentiable name."""
     leaves = {name: arguments[name].detach().requires_grad_() for name in differentiable}

@@ -12,6 +12,7 @@ from benchmarks import measure, report, run
 from benchmarks.kernels import sinkhorn as sinkhorn_programs
 from benchmarks.kernels import swapped_prediction as swapped_programs
 from fuseer.kernels import functional
+from fuseer.kernels.testing import inputs
 
 MACHINE = {
     **{"date": "2026-01-02T03:04:05+00:00", "commit": "abc1234", "dirty": False, "device": "A Processor", "instruction_set": "AVX512"},
@@ -30,6 +31,13 @@ def hide_lightly(monkeypatch):
     """Also where another test has imported it."""
     for name in {"lightly", *(name for name in sys.modules if name.startswith("lightly."))}:
         monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.parametrize("op", run.OPS)
+def test_every_case_finds_the_backends_that_take_it(op):
+    for case in run.part(op, "cases").CASES:
+        if not case.production:
+            assert run.backends(op, inputs(case, torch.float32))[-1] == "reference", case.name
 
 
 @pytest.fixture

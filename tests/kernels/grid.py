@@ -114,19 +114,7 @@ def reference(op):
 
 
 def raw_arguments(op, arguments):
-    """The raw op's arguments: the case's, in the order of the schema; alone, with the gradient where the raw op makes it.
-
-    What is one tensor in a case and a list in the schema is a list of one, and None an empty list.
-    """
-    known = {"group_name": "", "gradient": True, "same_rows": False, **arguments}
-
-    def given(argument):
-        value = known[argument.name]
-        if str(argument.type) != "List[Tensor]" or isinstance(value, list):
-            return value
-        return [] if value is None else [value]
-
-    return tuple(given(argument) for argument in part(op, "op").RAW["reference"]._schema.arguments)
+    return testing.raw_arguments(part(op, "op").RAW["reference"], arguments)
 
 
 def refusal(op, impl, arguments):
