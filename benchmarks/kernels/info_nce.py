@@ -5,7 +5,6 @@ from torch.nn import functional as F
 
 from benchmarks.measure import Work
 from fuseer.kernels.info_nce import cases
-from fuseer.kernels.testing import Case
 
 
 def prepared(arguments):
@@ -71,6 +70,6 @@ def work(arguments):
 
 def sweeps():
     return {
-        "Q": {q: Case(f"256x{q}x128", cases._case(256, q, 128)) for q in (4096, 16384, 65536, 262144)},
-        "N": {n: Case(f"{n}x65536x128", cases._case(n, 65536, 128)) for n in (32, 64, 256, 1024)},
+        "Q": {q: cases._case(f"256x{q}x128", (256, q, 128)) for q in (4096, 16384, 65536, 262144)},
+        "N": {n: cases._case(f"{n}x65536x128", (n, 65536, 128)) for n in (32, 64, 256, 1024)},
     }

@@ -7,7 +7,6 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.measure import Work
 from fuseer.kernels.dispatch import compute_dtype
 from fuseer.kernels.nt_xent import cases
-from fuseer.kernels.testing import Case
 
 # How many matrices of 2N x 2N float32 numbers a program holds at its peak; a test compares them with what it takes.
 MATRICES = {"official": 2.3, "compile": 2.1, "lightly": 4.3, "reference": 5.4}
@@ -74,6 +73,6 @@ def work(arguments):
 
 def sweeps():
     return {
-        "N": {2 * n: Case(f"{2 * n}x128", cases._case(n, 128)) for n in (256, 1024, 4096, 16384)},
-        "D": {d: Case(f"2048x{d}", cases._case(1024, d)) for d in (64, 128, 256, 512, 1024)},
+        "N": {2 * n: cases._case(f"{2 * n}x128", n, 128) for n in (128, 512, 2048, 4096)},
+        "D": {d: cases._case(f"2048x{d}", 1024, d) for d in (64, 128, 256, 512, 1024)},
     }

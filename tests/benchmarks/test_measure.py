@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from benchmarks import measure, report, run
 from benchmarks.kernels import sinkhorn as sinkhorn_programs
@@ -38,6 +39,16 @@ def test_every_case_finds_the_backends_that_take_it(op):
     for case in run.part(op, "cases").CASES:
         if not case.production:
             assert run.backends(op, inputs(case, torch.float32))[-1] == "reference", case.name
+
+
+def test_every_sweep_goes_along_its_letter():
+    """The letter's number is an axis of what each case makes."""
+    swept = [cases for op in run.OPS if hasattr(run.published(op), "sweeps") for cases in run.published(op).sweeps().values()]
+    assert len(swept) > 4
+    for length, case in itertools.chain.from_iterable(cases.items() for cases in swept):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            shapes = [x.shape for x in case.build(torch.Generator()).values() if isinstance(x, torch.Tensor)]
+        assert any(n in (length, length // 2) for shape in shapes for n in shape), (case.name, length)
 
 
 @pytest.fixture
