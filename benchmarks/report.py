@@ -68,9 +68,9 @@ def _time(row: dict | None, ours: dict | None = None) -> str:
     if "not_run" in row:
         return f"– (not run: {row['not_run']})"
     if row["kind"] not in ("ours", "third party"):
-        return f"{row['p50_ms']:.3g}"
+        return _three_digits(row["p50_ms"])
     times = ours.get("against", {}).get(row["program"]) if ours else None
-    return f"{row['p50_ms']:.3g} ({row['program']}{'' if times is None else f', {times:.2g}×'})"
+    return f"{_three_digits(row['p50_ms'])} ({row['program']}{'' if times is None else f', {times:.2g}×'})"
 
 
 def _of_floor(ours: dict, case: list[dict]) -> str:
@@ -80,7 +80,12 @@ def _of_floor(ours: dict, case: list[dict]) -> str:
 
 
 def _megabytes(row: dict | None) -> str:
-    return "–" if row is None or row["extra_mb"] is None else f"{row['extra_mb']:.3g}"
+    return "–" if row is None or row["extra_mb"] is None else _three_digits(row["extra_mb"])
+
+
+def _three_digits(number: float) -> str:
+    """Three significant digits, no fewer than stand before the point: 0.0646, 11.8, 1,060."""
+    return f"{number:.3g}" if number < 999.5 else f"{float(f'{number:.3g}'):,.0f}"
 
 
 def on_machine(rows: list[dict]) -> str:
@@ -118,7 +123,7 @@ def all_programs(rows: list[dict]) -> str:
             if "not_run" in row:
                 lines.append(f"{start} – | not run: {row['not_run']} |" + " – |" * 6)
                 continue
-            times = " | ".join(f"{row[f'{name}_ms']:.3g}" for name in ("p20", "p50", "p80"))
+            times = " | ".join(_three_digits(row[f"{name}_ms"]) for name in ("p20", "p50", "p80"))
             counted = "–" if row["operations"] is None else row["operations"]
             speedup = "–" if row["speedup"] is None else f"{row['speedup']:.2g}"
             tail = f"{speedup} | {_megabytes(row)} | {counted} | {row['of_floor']:.0%} | {row['control_spread']:.2f}"
