@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kBlock = 256;             // a tile of that side, its operands and its weights stay in L2
 constexpr int64_t kMirroringThreads = 8;    // more would need more memory for their own sums than their halved work is worth
+constexpr int64_t kKeptBytes = 4 << 20;     // of products of the forward that the gradient finds again; all of them up to 2N = 1,300
 
 // Rows [M, D], contiguous, and who among them is whose positive: own rows are [begin, begin + count), first all first views, then all second ones.
 struct Problem {
@@ -36,7 +37,10 @@ struct Problem {
   }
   int64_t positive(int64_t i) const { return begin + (i - begin + count / 2) % count; }
   bool alone() const { return count == total; }
+  int64_t threads() const { return std::min<int64_t>(at::get_num_threads(), blocks); }
+  bool mirrors() const { return alone() && threads() <= kMirroringThreads; }
   int64_t block_width(int64_t b) const { return std::min(block, total - b * block); }
+  int64_t stride() const { return (block + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes); }  // of a tile's rows
   double similarity(int64_t i, int64_t j) const { return dot(rows, i, rows, j) * inverses[i] * inverses[j]; }
 
   const at::Tensor rows;
@@ -72,12 +76,15 @@ class Operands {
     });
   }
 
+  // y, where rows [i, i + rows) against block b are or will be
+  Tile<T> place(int64_t i, int64_t rows, int64_t b, T* y) const {
+    return {y, rows, p_.block_width(b), p_.stride(), half ? &scales_[i] : nullptr, half ? &scales_[b * p_.block] : nullptr};
+  }
   // y = rows [i, i + rows) against block b
   Tile<T> tile(int64_t i, int64_t rows, int64_t b, T* y) const {
-    const int64_t stride = (p_.block + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes), columns = p_.block_width(b);
+    const Tile<T> made = place(i, rows, b, y);
+    const int64_t stride = made.stride, columns = made.columns;
     multiply(rows, columns, p_.width, &rows_[i * p_.width], p_.width, &columns_[b * p_.width * p_.block], p_.block, y, stride, false);
-    const T *row_scale = half ? &scales_[i] : nullptr, *column_scale = half ? &scales_[b * p_.block] : nullptr;
-    const Tile<T> made{y, rows, columns, stride, row_scale, column_scale};
     const T far = static_cast<T>(p_.temperature < 0 ? kFarBelow : -kFarBelow);
     for (int64_t r = 0; r < rows; ++r) {
       for (const int64_t j : {i + r, p_.positive(i + r)}) {
@@ -155,7 +162,7 @@ class Operands {
 template <typename T>
 struct Scratch {
   explicit Scratch(const Problem& p, bool half)
-      : size(p.block * ((p.block + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes))),
+      : size(p.block * p.stride()),
         y(new T[size]),
         weights(half ? new c10::BFloat16[2 * size + 2 * p.block * kLanes] : nullptr) {}
   HalfTile halves() const { return weights ? HalfTile{weights.get(), weights.get() + size} : HalfTile{nullptr, nullptr}; }
@@ -163,6 +170,22 @@ struct Scratch {
   std::unique_ptr<T[]> y;
   std::unique_ptr<c10::BFloat16[]> weights;
   ReleasedProducts released;
+};
+
+// Products of the forward, for the gradient to find again: those of the first pairs of every slot, so many as kKeptBytes hold.
+template <typename T>
+class Kept {
+ public:
+  Kept(const Problem& p, int64_t slots)
+      : size_(p.block * p.stride()),
+        of_a_slot_(std::min((p.blocks * (p.blocks + 1) / 2 + slots - 1) / slots + p.blocks, kKeptBytes / (slots * size_ * int64_t(sizeof(T))))),
+        y_(new T[slots * of_a_slot_ * size_]) {}
+  // Where the slot's n-th tile is kept; null where it is not.
+  T* at(int64_t slot, int64_t n) const { return n < of_a_slot_ ? &y_[(slot * of_a_slot_ + n) * size_] : nullptr; }
+
+ private:
+  int64_t size_, of_a_slot_;
+  std::unique_ptr<T[]> y_;
 };
 
 // The blocks of every thread, so that all have the same number of tiles from their blocks' diagonals on.
@@ -177,16 +200,22 @@ std::vector<std::vector<int64_t>> dealt(int64_t blocks, int64_t threads) {
   return hands;
 }
 
-// body(block a, block b, tile of a against b) for every pair a <= b, each thread in its own `slot`, always the same pairs.
+// body(block a, block b, tile of a against b) for every pair a <= b, each thread in its own `slot`, always the same pairs. A tile that has
+// its place in `kept` is made there, or with `made` found there.
 template <typename T, typename E, typename Body>
-void over_pairs(const Problem& p, const Operands<T, E>& operands, int64_t threads, const Body& body) {
+void over_pairs(const Problem& p, const Operands<T, E>& operands, int64_t threads, const Kept<T>* kept, bool made, const Body& body) {
   const auto hands = dealt(p.blocks, threads);
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     const Scratch<T> scratch(p, Operands<T, E>::half);
     for (int64_t slot = first; slot < last; ++slot) {
+      int64_t n = 0;
       for (const int64_t a : hands[slot]) {
-        for (int64_t b = a; b < p.blocks; ++b) {
-          body(slot, a, b, operands.tile(a * p.block, p.block_width(a), b, scratch.y.get()), scratch.halves());
+        for (int64_t b = a; b < p.blocks; ++b, ++n) {
+          T* place = kept == nullptr ? nullptr : kept->at(slot, n);
+          const int64_t i = a * p.block, rows = p.block_width(a);
+          const bool found = made && place != nullptr;
+          body(slot, a, b, found ? operands.place(i, rows, b, place) : operands.tile(i, rows, b, place ? place : scratch.y.get()),
+               scratch.halves());
         }
       }
     }
@@ -209,12 +238,12 @@ void over_own_rows(const Problem& p, const Operands<T, E>& operands, const Body&
 
 // The sums of own rows over all but themselves and their positives, relative to `top`, which is raised where no bound is known.
 template <typename T, typename E>
-std::vector<double> sums_of_others(const Problem& p, const Operands<T, E>& operands, std::vector<T>& top) {
+std::vector<double> sums_of_others(const Problem& p, const Operands<T, E>& operands, const Kept<T>* kept, std::vector<T>& top) {
   std::vector<double> sums(p.count);
   if (p.alone() && p.needs_no_maximum) {
-    const int64_t threads = std::min<int64_t>(at::get_num_threads(), p.blocks);
+    const int64_t threads = p.threads();
     std::vector<std::vector<double>> partial(threads, std::vector<double>(p.count));
-    over_pairs(p, operands, threads, [&](int64_t slot, int64_t a, int64_t b, const Tile<T>& tile, const HalfTile&) {
+    over_pairs(p, operands, threads, kept, false, [&](int64_t slot, int64_t a, int64_t b, const Tile<T>& tile, const HalfTile&) {
       double *of_rows = &partial[slot][a * p.block], *of_columns = a == b ? nullptr : &partial[slot][b * p.block];
       tiles<T>().sums(tile, p.temperature, &top[a * p.block], of_rows, of_columns);
     });
@@ -238,7 +267,7 @@ std::vector<double> sums_of_others(const Problem& p, const Operands<T, E>& opera
 }
 
 template <typename T, typename E>
-std::tuple<double, at::Tensor> statistics_of(const Problem& p, const Operands<T, E>& operands) {
+std::tuple<double, at::Tensor> statistics_of(const Problem& p, const Operands<T, E>& operands, const Kept<T>* kept) {
   at::Tensor statistics = at::empty({p.count, 3}, c10::CppTypeToScalarType<T>::value);
   T* out = statistics.mutable_data_ptr<T>();
   std::vector<double> positive(p.count);
@@ -249,7 +278,7 @@ std::tuple<double, at::Tensor> statistics_of(const Problem& p, const Operands<T,
       top[i] = p.needs_no_maximum ? top[i] : static_cast<T>(positive[i]);
     }
   });
-  const std::vector<double> others = sums_of_others(p, operands, top);
+  const std::vector<double> others = sums_of_others(p, operands, kept, top);
   double loss = 0;
   for (int64_t i = 0; i < p.count; ++i) {
     const double above = (positive[i] - top[i]) / p.temperature, sum = others[i] + std::exp(above);
@@ -263,27 +292,26 @@ std::tuple<double, at::Tensor> statistics_of(const Problem& p, const Operands<T,
 
 // Sums over other rows of (p_ij + p_ji) z_j, for own rows, into out [count, D].
 template <typename T, typename E>
-void weighted_sums(const Problem& p, const Operands<T, E>& operands, const Softmax<T>& softmax, T* out) {
+void weighted_sums(const Problem& p, const Operands<T, E>& operands, const Kept<T>* kept, const Softmax<T>& softmax, T* out) {
   // other backends may have taken the maxima, on other ranks
   const bool alike = std::all_of(softmax.top, softmax.top + p.total, [&](T top) { return top == softmax.top[0]; });
   const auto paired = [&](const Tile<T>& tile, int64_t i, int64_t b, const HalfTile& half) {
     const int64_t j = b * p.block;
     tiles<T>().pairs(tile, p.temperature, {softmax.top + i, softmax.share + i}, {softmax.top + j, softmax.share + j}, alike, half);
   };
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), p.blocks);
-  if (!p.alone() || threads > kMirroringThreads) {
+  if (!p.mirrors()) {
     over_own_rows(p, operands, [&](int64_t i, int64_t b, const Tile<T>& tile, const HalfTile& half) {
       paired(tile, i, b, {half.plain, nullptr});
       operands.add_rows(tile, half, b, out + (i - p.begin) * p.width);
     });
     return;
   }
-  const int64_t size = p.blocks * p.width * p.block;
+  const int64_t threads = p.threads(), size = p.blocks * p.width * p.block;
   std::vector<std::unique_ptr<T[]>> mirrored(threads);
   for (auto& part : mirrored) {
     part.reset(new T[size]());
   }
-  over_pairs(p, operands, threads, [&](int64_t slot, int64_t a, int64_t b, const Tile<T>& tile, const HalfTile& half) {
+  over_pairs(p, operands, threads, kept, true, [&](int64_t slot, int64_t a, int64_t b, const Tile<T>& tile, const HalfTile& half) {
     paired(tile, a * p.block, b, half);
     operands.add_rows(tile, half, b, out + a * p.block * p.width);
     if (a != b) {
@@ -303,7 +331,8 @@ void weighted_sums(const Problem& p, const Operands<T, E>& operands, const Softm
 }
 
 template <typename T, typename E>
-at::Tensor gradient_of(const Problem& p, const Operands<T, E>& operands, const at::Tensor& of_all, const at::Tensor& of_own, double scale) {
+at::Tensor gradient_of(const Problem& p, const Operands<T, E>& operands, const Kept<T>* kept, const at::Tensor& of_all,
+                       const at::Tensor& of_own, double scale) {
   const T *given = of_all.const_data_ptr<T>(), *own = of_own.const_data_ptr<T>();
   std::vector<T> top(p.total), share(p.total);
   for (int64_t i = 0; i < p.total; ++i) {
@@ -312,7 +341,7 @@ at::Tensor gradient_of(const Problem& p, const Operands<T, E>& operands, const a
   }
   at::Tensor gradient = at::zeros({p.count, p.width}, c10::CppTypeToScalarType<T>::value);
   T* out = gradient.mutable_data_ptr<T>();
-  weighted_sums(p, operands, {top.data(), share.data()}, out);
+  weighted_sums(p, operands, kept, {top.data(), share.data()}, out);
   at::parallel_for(0, p.count, 64, [&](int64_t first, int64_t last) {
     std::vector<double> z(p.width), of_positive(p.width), d(p.width);
     for (int64_t i = first; i < last; ++i) {
@@ -348,21 +377,22 @@ auto with_types(const Problem& p, const Run& run) {
 
 std::tuple<double, at::Tensor> nt_xent_statistics_cpu(const at::Tensor& rows, int64_t begin, int64_t count, double temperature, bool normalize) {
   const Problem p(rows, begin, count, temperature, normalize);
-  return with_types(p, [&]<typename T, typename E>() { return statistics_of<T, E>(p, Operands<T, E>(p)); });
+  return with_types(p, [&]<typename T, typename E>() { return statistics_of<T, E>(p, Operands<T, E>(p), nullptr); });
 }
 
 at::Tensor nt_xent_gradient_cpu(const at::Tensor& rows, const at::Tensor& of_all, const at::Tensor& of_own, int64_t begin, int64_t count,
                                 double temperature, bool normalize, double scale) {
   const Problem p(rows, begin, count, temperature, normalize);
-  return with_types(p, [&]<typename T, typename E>() { return gradient_of<T, E>(p, Operands<T, E>(p), of_all, of_own, scale); });
+  return with_types(p, [&]<typename T, typename E>() { return gradient_of<T, E>(p, Operands<T, E>(p), nullptr, of_all, of_own, scale); });
 }
 
 std::tuple<double, at::Tensor> nt_xent_alone_cpu(const at::Tensor& rows, double temperature, bool normalize, double scale) {
   const Problem p(rows, 0, rows.size(0), temperature, normalize);
   return with_types(p, [&]<typename T, typename E>() -> std::tuple<double, at::Tensor> {
     const Operands<T, E> operands(p);
-    const auto [loss, statistics] = statistics_of<T, E>(p, operands);
-    return {loss, gradient_of<T, E>(p, operands, statistics, statistics, scale)};
+    const std::unique_ptr<Kept<T>> kept(p.needs_no_maximum && p.mirrors() ? new Kept<T>(p, p.threads()) : nullptr);
+    const auto [loss, statistics] = statistics_of<T, E>(p, operands, kept.get());
+    return {loss, gradient_of<T, E>(p, operands, kept.get(), statistics, statistics, scale)};
   });
 }
 

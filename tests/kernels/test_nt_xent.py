@@ -99,6 +99,17 @@ def test_blocks_and_threads(case, count):
             assert all(found.values()), (str(trial), {name: str(verdict) for name, verdict in found.items()})
 
 
+@pytest.mark.parametrize("n", [641, 1100])
+@pytest.mark.skipif(INTERPRETED, reason="seconds on the CPU")
+def test_products_that_the_gradient_finds_again_and_those_it_makes_anew(n):
+    """The CPU keeps 4 MB of the forward's products: all those of 1,282 rows, less than half of those of 2,200."""
+    for trial in trials((torch.float32, torch.bfloat16), of("nt_xent", _case("kept", n, 8))):
+        if trial.backend == "cpu":
+            with threads(2):
+                found = trial.verdicts()
+            assert all(found.values()), (str(trial), {name: str(verdict) for name, verdict in found.items()})
+
+
 @pytest.mark.skipif(INTERPRETED, reason="threads are the CPU's")
 def test_rows_of_any_length_keep_bfloat16_exact():
     """Norms from 1e-8 to 1e8: where the matrix product of the rows as they are would lose or overflow, another is chosen."""
