@@ -46,7 +46,7 @@ test-gpu: setup
 setup: $(STAMP)
 
 # torch comes first, on its own: the extension is built against it, and pip's isolated build would fetch a second one.
-$(STAMP): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*.cuh csrc/*/*.cu)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
 	$(BIN)/pip install --quiet "torch>=2.9" torchvision

@@ -1,4 +1,4 @@
-"""Where do fuseer's packages lie, and how is fuseer.kernels._C built, or the reason kept why it was not?"""
+"""Where do fuseer's packages lie, and how are fuseer.kernels._C and _C_cuda built, or the reason kept why they were not?"""
 
 import os
 import platform
@@ -19,7 +19,10 @@ PACKAGES = [
     for room, folder in ROOMS.items()
     for found in ["", *find_namespace_packages(str(ROOT / folder))]
 ]
+CUDA_LIBRARY = "_C_cuda.so"
 CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-g0"]
+# libcudart is torch's, which is in the process before the library; kernels/cuda_library.py loads it
+CUDA_FLAGS = ["-O3", "-std=c++17", "-shared", "-cudart=shared", "-Xcompiler=-fPIC", "--threads=0"]
 SIMD_FLAGS = {
     "DEFAULT": [],
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
@@ -27,29 +30,63 @@ SIMD_FLAGS = {
 }
 
 
-def cuda_home(nvcc):
-    """The toolkit behind `nvcc`, which may be a wrapper outside it: torch would take the wrapper's own folder and fail to link."""
-    if os.environ.get("CUDA_HOME"):
-        return os.environ["CUDA_HOME"]
-    tops = []
-    if nvcc:
-        command = [nvcc, "--dryrun", "-x", "cu", os.devnull, "-c", "-o", os.devnull]
-        dry = subprocess.run(command, capture_output=True, text=True, check=False)
-        tops = re.findall(r"^#\$ TOP=(.*)$", dry.stderr, re.MULTILINE)
-    for top in [*tops, "/usr/local/cuda"]:
-        if (Path(top.strip()) / "include" / "cuda_runtime.h").is_file():
-            return str(Path(top.strip()).resolve())
+def cuda_compiler():
+    """(nvcc, "") or ("", the reason why no CUDA kernel can be compiled that this torch could launch)."""
+    try:
+        from torch import __version__, version
+    except ImportError as error:
+        return "", f"torch cannot be imported while building ({error}); install it first and add --no-build-isolation"
+    if version.cuda is None:
+        return "", f"torch {__version__} knows no CUDA; install one that does, and fuseer again"
+    folders = [Path(home) / "bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(map(str, folders)))
+    if nvcc is None:
+        return "", f"no nvcc on PATH, in CUDA_HOME or /usr/local/cuda; install CUDA {version.cuda.split('.')[0]} and fuseer again"
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)", said)
+    if release is None or release.group(1) != version.cuda.split(".")[0]:
+        have = release.group(1) if release else "an unknown release"
+        return "", f"nvcc is of CUDA {have}, torch {__version__} of CUDA {version.cuda}; put an nvcc of that release on PATH"
+    return nvcc, ""
+
+
+def architectures():
+    """nvcc's options for TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"), else for the first of each generation, which its other GPUs run too.
+
+    The newest is kept as PTX as well, for GPUs to come. ValueError for a name that is no number.
+    """
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not asked:
+        return ["-arch=all-major"]
+    options = []
+    for name in asked:
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        if found is None:
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST must list numbers such as 8.0;9.0a+PTX; got {name!r}")
+        arch = "".join(found.groups()[:3])
+        options += [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+        options += [f"-gencode=arch=compute_{arch},code=compute_{arch}"] if found.group(4) else []
+    return options
+
+
+def build_cuda(library):
+    """Compiles csrc/**/*.cu into `library`; None, or the reason why that was not possible."""
+    nvcc, reason = cuda_compiler()
+    if reason:
+        return reason
+    sources = [str(path) for path in sorted(ROOT.glob("csrc/**/*.cu"))]
+    library.parent.mkdir(parents=True, exist_ok=True)
+    host = ["-ccbin", os.environ["CXX"].split()[0]] if os.environ.get("CXX") else []
+    try:
+        command = [nvcc, *CUDA_FLAGS, *architectures(), *host, "-o", str(library), *sources]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except (OSError, ValueError) as error:
+        return str(error)
+    if done.returncode:
+        sys.stderr.write(done.stdout + done.stderr)
+        told = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[0]
+        return f"nvcc failed ({told}); run pip install -v --no-deps --no-build-isolation -e . and read its output"
     return None
-
-
-def cuda_sources():
-    """The .cu files to compile, with CUDA_HOME set for torch, which reads it when it is imported; none without files or toolkit."""
-    sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cu"))
-    home = cuda_home(shutil.which("nvcc")) if sources else None
-    if home is None:
-        return []
-    os.environ["CUDA_HOME"] = home
-    return sources
 
 
 def extension_and_builder():
@@ -58,28 +95,23 @@ def extension_and_builder():
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         return nothing, f"no C++ compiler: {compiler} is not on PATH; install g++, or set CXX, and install fuseer again"
-    sources = cuda_sources()
     try:
         import torch
         from torch.utils import cpp_extension
     except ImportError as error:
         return nothing, f"torch cannot be imported while building ({error}); install it first and add --no-build-isolation"
-    kind, archs = cpp_extension.CppExtension, ""
-    if sources:
-        kind, archs = cpp_extension.CUDAExtension, os.environ.get("TORCH_CUDA_ARCH_LIST", "of the GPUs present")
     x86 = platform.machine() in ("x86_64", "AMD64")
     facts = {
         "COMPILER": compiler,
         "FLAGS": " ".join(CXX_FLAGS),
         "INSTRUCTION_SETS": " ".join(SIMD_FLAGS if x86 else ["DEFAULT"]),
-        "CUDA_ARCHS": archs,
         "TORCH": torch.__version__,
     }
-    extension = kind(
+    extension = cpp_extension.CppExtension(
         "fuseer.kernels._C",
-        sources=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp") if not path.stem.endswith("_simd")) + sources,
+        sources=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp") if not path.stem.endswith("_simd")),
         define_macros=[(f"FUSEER_{name}", f'"{value}"') for name, value in facts.items()] + [("FUSEER_X86_SIMD", None)] * x86,
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "-std=c++20"]},
+        extra_compile_args={"cxx": CXX_FLAGS},
         extra_link_args=["-fopenmp"],
         optional=True,
     )
@@ -105,20 +137,31 @@ EXTENSION, BUILDER = extension_and_builder()
 
 
 class BuildOrTellWhy(build_ext if isinstance(BUILDER, str) else BUILDER):
-    """Builds the extension; where that fails, deletes any earlier library and leaves the reason in its place."""
+    """Builds the extension and the CUDA library, each for itself; in place of one that fails, also of an earlier one, stands the reason."""
 
     def run(self):
+        first, *others = self.folders()
         reason = BUILDER if isinstance(BUILDER, str) else self.try_to_build()
-        for folder in self.folders():
-            folder.mkdir(parents=True, exist_ok=True)
-            kept = folder / "_C_reason.txt"
-            kept.unlink(missing_ok=True)
-            if reason is not None:
-                for stale in folder.glob("_C.*.so"):
-                    stale.unlink()
-                kept.write_text(reason + "\n", encoding="utf-8")
+        self.keep("_C", "_C.*.so", reason)
+        without_cuda = BUILDER if isinstance(BUILDER, str) else build_cuda(first / CUDA_LIBRARY)
+        self.keep("_C_cuda", CUDA_LIBRARY, without_cuda)
+        for folder in others if without_cuda is None else ():
+            shutil.copy(first / CUDA_LIBRARY, folder)
         if reason is not None:
             sys.stderr.write(f"\nfuseer: the C++ extension was NOT built; every op runs on its reference.\nfuseer: {reason}\n\n")
+        if without_cuda is not None:
+            sys.stderr.write(f"fuseer: the CUDA kernels were not built: {without_cuda}\n")
+
+    def keep(self, name, libraries, reason):
+        """Has every folder hold either the library or the reason why there is none."""
+        for folder in self.folders():
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = folder / f"{name}_reason.txt"
+            kept.unlink(missing_ok=True)
+            if reason is not None:
+                for stale in folder.glob(libraries):
+                    stale.unlink()
+                kept.write_text(reason + "\n", encoding="utf-8")
 
     def try_to_build(self):
         try:
@@ -129,7 +172,7 @@ class BuildOrTellWhy(build_ext if isinstance(BUILDER, str) else BUILDER):
         return None
 
     def folders(self):
-        """Where the library goes: the build folder of a wheel, and the checkout too where this is an editable install."""
+        """Where the libraries go: the build folder of a wheel, and the checkout too where this is an editable install."""
         folders = [Path(self.build_lib) / "fuseer" / "kernels"]
         return [*folders, ROOT / "kernels"] if self.inplace or getattr(self, "editable_mode", False) else folders
 

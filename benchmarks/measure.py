@@ -65,6 +65,11 @@ class Work:
     half_products: int = 0
 
 
+def read_bytes(tensors):
+    """Bytes of a list of tensors."""
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
 def timed(programs, control, *, repeats, seconds_of, attempts=ATTEMPTS):
     """The Timing of `repeats` calls of each program in turns, the control loop before, between and after the rounds.
 

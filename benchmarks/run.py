@@ -17,7 +17,7 @@ import torch
 from benchmarks import measure
 from fuseer.engine.distributed import keep_freed_memory
 from fuseer.kernels import dispatch, functional
-from fuseer.kernels.testing import inputs, outputs, raw_arguments, verdicts
+from fuseer.kernels.testing import compared_updates, error_vs_eager, inputs, outputs, raw_arguments, update_inputs, verdicts
 
 OPS = sorted(path.stem for path in (Path(__file__).parent / "kernels").glob("*.py"))
 OTHERS = ("sweep", "step", "report")
@@ -34,6 +34,18 @@ def part(op, name):
 
 def reference(op):
     return getattr(part(op, "reference"), op)
+
+
+def updates(op):
+    """The names of the lists that the op writes in place; none where it returns what it computes."""
+    return getattr(part(op, "cases"), "WRITTEN", ())
+
+
+def given_to(op, case, device="cpu"):
+    """The case's arguments in the dtypes that are timed."""
+    if not updates(op):
+        return inputs(case, case.dtype, device=device)
+    return update_inputs(case, lambda name, i: torch.bfloat16 if name in case.halves else case.dtype, device=device)
 
 
 def backends(op, arguments):
@@ -65,11 +77,15 @@ def believe(op, case, device):
 
     Judged by the reference, or where that does not fit by the op's oracle(): the same in strips.
     """
-    differentiable, arguments = part(op, "cases").DIFFERENTIABLE, inputs(case, case.dtype, device=device)
+    differentiable, arguments = part(op, "cases").DIFFERENTIABLE, given_to(op, case, device)
     absent = too_large(op, arguments, device)
     judge = published(op).oracle if "truth" in absent else reference(op)
     for backend in (name for name in backends(op, arguments) if name not in absent):
-        found = verdicts(ours(op, backend), judge, case, case.dtype, differentiable, device=device)
+        if updates(op):
+            three = compared_updates(ours(op, backend), ours(op, "reference"), lambda: given_to(op, case, device), updates(op))
+            found = {what: error_vs_eager(*x) for what, x in three.items()}
+        else:
+            found = verdicts(ours(op, backend), judge, case, case.dtype, differentiable, device=device)
         for name, verdict in found.items():
             if not verdict:
                 raise Wrong(f"{op} {case.name}: backend {backend} is wrong, so nothing is timed: {name} {verdict}")
@@ -81,6 +97,8 @@ def scalar(out):
 
 def same_function(op, case, name, function, given, ours_on):
     """Raises Wrong where a program that we compare ourselves with computes, on what it is given, something else than ours."""
+    if updates(op):
+        return same_update(op, case, name, function, ours_on[0])
     differentiable = part(op, "cases").DIFFERENTIABLE
     reduced = scalar if differentiable else torch.Tensor.clone
     theirs = outputs(lambda **given: reduced(function(**given)).squeeze(), given, differentiable)
@@ -90,6 +108,18 @@ def same_function(op, case, name, function, given, ours_on):
         off = ((theirs[output] - value).double().norm() / value.double().norm()).item()
         if not off <= allowed:
             raise Wrong(f"{op} {case.name}: {name} is another function than {op}: {output} differs by {off:.1e} in rel-L2")
+
+
+def same_update(op, case, name, function, our_function):
+    """The same of lists updated in place, whose changes are compared: one step leaves most of a teacher as it was."""
+    before, theirs, own = (given_to(op, case) for _ in range(3))
+    function(**theirs)
+    our_function(**own)
+    for output in (output for output in updates(op) if before[output]):
+        was, his, mine = (torch.cat([x.double().flatten() for x in lists[output]]) for lists in (before, theirs, own))
+        off = ((his - mine).norm() / (mine - was.nan_to_num()).norm()).item()
+        if not off <= 1e-2:
+            raise Wrong(f"{op} {case.name}: {name} is another function than {op}: {output} differs by {off:.1e} of its change")
 
 
 def called(function, arguments, differentiable):
@@ -119,14 +149,15 @@ def graphed(program):
 
 
 def programs(op, case, arguments, device, with_compile):
-    """({name: program}, {name: kind}, {name: why it is not run}): the official formulation, its compiled forms, what is installed,
-    every backend of ours, and the parts of the work that nobody avoids.
+    """({name: program}, {name: kind}, {name: why it is not run}): the official formulation and its alternatives(), its compiled forms,
+    what is installed, every backend of ours, and the parts of the work that nobody avoids.
 
     The published ones are given what the op's prepared() makes of the arguments, where it has one.
     """
     module, differentiable, own = published(op), part(op, "cases").DIFFERENTIABLE, backends(op, arguments)
     given = getattr(module, "prepared", dict)(arguments)
-    functions, kinds = {"official": module.official}, {"official": "eager"}
+    functions = {"official": module.official, **getattr(module, "alternatives", lambda arguments: {})(arguments)}
+    kinds = dict.fromkeys(functions, "eager")
     for name, function in installed(module, arguments).items():
         functions[name], kinds[name] = function, "third party"
     absent = too_large(op, arguments, device)
@@ -170,7 +201,7 @@ def bench(op, cases, *, device="cpu", repeats=0, with_compile=True, with_memory=
     found, kept, rejected = [], {}, []
     for case in cases:
         believe(op, case, device)
-        arguments = inputs(case, case.dtype, device=device)
+        arguments = given_to(op, case, device)
         timed, kinds, absent = programs(op, case, arguments, device, with_compile)
         counted = {name: measure.operations(run, device) for name, run in timed.items() if device != "cpu" or kinds[name] != "compile"}
         rounds = measure.repeats_for(timed, seconds_of)
@@ -179,7 +210,7 @@ def bench(op, cases, *, device="cpu", repeats=0, with_compile=True, with_memory=
         except measure.Rejected as error:
             rejected.append(f"{op} {case.name}: rejected: {error}")
             continue
-        told = {"case": case.name, "shape": _shape(arguments), "dtype": str(case.dtype).removeprefix("torch.")}
+        told = {"case": case.name, "shape": _shape(arguments), "dtype": _dtype(case)}
         rows = measure.rows(op, told, timing, kinds=kinds, work=published(op).work(arguments), machine=machine)
         preferred = next(name for name in backends(op, arguments) if name not in absent)
         for row in rows:
@@ -195,7 +226,14 @@ def bench(op, cases, *, device="cpu", repeats=0, with_compile=True, with_memory=
     return found, rejected
 
 
+def _dtype(case):
+    return ", ".join([str(case.dtype).removeprefix("torch."), *(f"{name} bfloat16" for name in case.halves)])
+
+
 def _shape(arguments):
+    listed = [x for x in arguments.values() if isinstance(x, list) and isinstance(x[0], torch.Tensor)]
+    if listed:
+        return f"{len(listed[0])} tensors, {sum(x.numel() for x in listed[0]) / 1e6:.1f} M"
     tensors = {name: "×".join(map(str, x.shape)) for name, x in arguments.items() if isinstance(x, torch.Tensor)}
     first, *rest = tensors.values()
     queue = tensors.get("queue_scores")

@@ -26,17 +26,17 @@ from unittest import mock
 import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from triton.runtime import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.launches import compiled, nbytes, recorded, storage
+from benchmarks.launches import compiled, recorded
 from benchmarks.machine_code import ARCHES, tool, wide
 from benchmarks.report import fill
+from benchmarks.traffic import UPDATED, Eager, floor_bytes, moved_bytes, tensors
 from fuseer.kernels import _tl
-from fuseer.kernels.testing import Case, inputs
+from fuseer.kernels.testing import Case, inputs, update_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "static_gpu.json"
@@ -121,6 +121,8 @@ class Call:
     @property
     def aligned(self):
         """Whether the rows of every matrix start at multiples of 16 bytes, so that 128-bit loads are possible at all."""
+        if self.op in UPDATED:
+            return True
         matrices = [x for x in tensors(self.arguments) if x.dim() > 1]
         return all(x.shape[-1] * x.itemsize % 16 == 0 for x in matrices)
 
@@ -140,16 +142,16 @@ def cases(op, arch):
     return found + [(case, case.dtype) for case in known if not case.production and arch == 90]
 
 
-def weightless(case, dtype):
-    """The case's arguments as meta tensors: shapes, strides and dtypes without memory."""
+def weightless(op, case, dtype):
+    """The case's arguments as meta tensors: shapes, strides and dtypes without memory; segments, which are the host's, as they are."""
+    dtypes, empty = {} if op in UPDATED else {torch.float64: dtype}, functools.partial(torch.empty_strided, device="meta")
     with FakeTensorMode():
-        made = inputs(case, dtype)
-    dtypes, empty = {torch.float64: dtype}, functools.partial(torch.empty_strided, device="meta")
-    return tree_map_only(torch.Tensor, lambda x: empty(x.shape, x.stride(), dtype=dtypes.get(x.dtype, x.dtype)), made)
-
-
-def tensors(tree):
-    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+        listed = functools.partial(update_inputs, dtype_of=lambda name, i: torch.bfloat16 if name in case.halves else dtype)
+        made = listed(case) if op in UPDATED else inputs(case, dtype)
+    made = tree_map_only(torch.Tensor, lambda x: empty(x.shape, x.stride(), dtype=dtypes.get(x.dtype, x.dtype)), made)
+    if made.get("segments") is not None:
+        made["segments"] = case.build(torch.Generator())["segments"]
+    return made
 
 
 def _module(op, name):
@@ -168,7 +170,7 @@ def differentiated(function, op, arguments):
 
 def call(op, case, dtype, arch):
     """What one call of the public op, and its gradient, would launch on `arch`."""
-    door, backend, arguments = _module(op, "op"), _module(op, "_triton"), weightless(case, dtype)
+    door, backend, arguments = _module(op, "op"), _module(op, "_triton"), weightless(op, case, dtype)
     target = _tl.Target((arch // 10, arch % 10), ARCHES[arch].multiprocessors)
     bodies = {"RAW": "forward", "RAW_BACKWARD": "backward"}
     with contextlib.ExitStack() as stack:
@@ -177,34 +179,18 @@ def call(op, case, dtype, arch):
         for table, body in bodies.items():
             if hasattr(door, table):
                 stack.enter_context(mock.patch.dict(getattr(door, table), triton=getattr(backend, body)))
-        launches, beside = stack.enter_context(recorded(arch)), stack.enter_context(Eager())
-        steps = differentiated(functools.partial(getattr(door, op), backend="triton"), op, arguments)
+        launches, function = stack.enter_context(recorded(arch)), functools.partial(getattr(door, op), backend="triton")
+        if op in UPDATED:
+            # the first call brings a table to the device, which those of a training find there
+            function(**arguments)
+            launches.clear()
+        beside = stack.enter_context(Eager())
+        steps = differentiated(function, op, arguments)
         outputs = [next(steps)]
         forward = len(launches)
         outputs += steps
     made = (launches[:forward], launches[forward:], beside.ops, beside.bytes)
     return Call(op, case, dtype, arch, arguments, tuple(outputs), *made)
-
-
-class Eager(TorchDispatchMode):
-    """Counts dispatched ops that do work, and the bytes they must read and write: each input and each output once."""
-
-    WRITES_ONLY = ("zeros", "ones", "full", "zero_", "fill", "empty", "new_", "scalar_tensor")
-
-    def __init__(self):
-        super().__init__()
-        self.ops = self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name, mutable = func.overloadpacket.__name__, func._schema.is_mutable
-        read, written = {(storage(x), x.storage_offset(), x.shape): x for x in tensors((args, kwargs))}, tensors(out)
-        views = {storage(x) for x in read.values()} >= {storage(x) for x in written}
-        if mutable or not (views or name.startswith("empty") or name.startswith("new_empty")):
-            self.ops += 1
-            reads = () if name.startswith(self.WRITES_ONLY) else read.values()
-            self.bytes += sum(map(nbytes, (*reads, *written)))
-        return out
 
 
 def eager(op, arguments):
@@ -214,26 +200,6 @@ def eager(op, arguments):
     with Eager() as counted:
         collections.deque(differentiated(baseline.official, op, given), maxlen=0)
     return counted.ops, counted.bytes
-
-
-def floor_bytes(called):
-    """Every input read once, every output and gradient written once."""
-    return sum(map(nbytes, (*tensors(called.arguments), *called.outputs)))
-
-
-def moved_bytes(called):
-    """Each launch touches every tensor that it is given once, intermediates included; READS corrects where that is not so."""
-    total = called.torch_bytes + sum(sum(launch.given.values()) for launch in called.launches)
-    return total + READS.get(called.op, lambda called: 0)(called)
-
-
-def _swapped_reads(called):
-    """Corrects for scores: loss and gradient read the V crops that they are given, and the A assign crops of them as targets."""
-    rows = sum(map(nbytes, tensors(called.arguments["scores"]))) // len(called.arguments["scores"])
-    return rows * len(called.arguments["assign"]) * (1 + len(called.backward))
-
-
-READS = {"swapped_prediction": _swapped_reads}
 
 
 def calls(names, arches):

@@ -82,6 +82,8 @@ TORCH_LIBRARY_IMPL(fuseer, CPU, m) {
   m.impl("nt_xent_gradient", fuseer::nt_xent_gradient_cpu);
   m.impl("nt_xent_alone", fuseer::nt_xent_alone_cpu);
   m.impl("info_nce_sums", fuseer::info_nce_sums_cpu);
+  m.impl("ema_update_.cpu", fuseer::ema_update_cpu);
+  m.impl("lars_update_.cpu", fuseer::lars_update_cpu);
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -91,8 +93,7 @@ PYBIND11_MODULE(_C, m) {
     info["flags"] = FUSEER_FLAGS;
     info["instruction_sets"] = FUSEER_INSTRUCTION_SETS;
     info["cpu_capability"] = at::get_cpu_capability();
-    info["cuda_archs"] = FUSEER_CUDA_ARCHS;
     info["torch"] = FUSEER_TORCH;
     return info;
-  }, "How this library was built (compiler, flags, torch, instruction sets, CUDA architectures: '' = no CUDA code) and the CPU it runs on.");
+  }, "How this library was built (compiler, flags, torch, instruction sets) and the CPU it runs on.");
 }

@@ -3,6 +3,7 @@
 
 #include "rows.h"
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -51,5 +52,13 @@ std::tuple<double, at::Tensor> nt_xent_alone_cpu(const at::Tensor& rows, double 
 std::tuple<double, at::Tensor> info_nce_sums_cpu(const at::Tensor& query, const at::Tensor& keys, const std::optional<at::Tensor>& positive,
                                                  const std::optional<at::Tensor>& positive_index, double temperature, bool normalize,
                                                  bool gradient);
+
+void ema_update_cpu(at::TensorList teacher, at::TensorList student, double momentum, const std::optional<at::Tensor>& momentum_scalar,
+                    at::TensorList shadow);
+
+void lars_update_cpu(at::TensorList params, at::TensorList grads, at::TensorList momenta, double lr, double momentum, double weight_decay,
+                     double trust_coefficient, double eps, std::string denominator, c10::List<bool> adapt, bool lr_in_momentum,
+                     bool nesterov, bool clip, const std::optional<at::Tensor>& skip, const std::optional<at::Tensor>& segments,
+                     std::string group_name);
 
 }  // namespace fuseer

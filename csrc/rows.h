@@ -1,4 +1,4 @@
-// How are rows of scores described to the code of one instruction set?
+// How are rows of scores, and lists of tensors, described to the code of one instruction set?
 #pragma once
 
 #include <cstdint>
@@ -14,6 +14,28 @@ struct Rows {
   int64_t count;
   int64_t stride;
   int64_t k;
+};
+
+// A row of k neighbours of any type.
+struct AnyRow {
+  const void* data;
+  ScoreType type;
+};
+
+constexpr int64_t bytes_of(ScoreType type) {
+  return type == ScoreType::f64 ? 8 : type == ScoreType::f32 ? 4 : 2;
+}
+
+// Neighbours of any type that may be written.
+struct Flat {
+  char* data;
+  ScoreType type;
+};
+
+// The tensors at one place of three lists: element j of one belongs to element j of all. No data: there is no such list.
+struct Place {
+  Flat target, source, other;
+  int64_t numel;
 };
 
 constexpr int64_t kLanes = 16;    // floats of the widest vector register

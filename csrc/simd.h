@@ -313,6 +313,43 @@ inline void put(scalar_t* out, const Acc<scalar_t>* values, int64_t count, bool 
   }
 }
 
+// out <- x[0 : count] as T, filled up to whole vectors.
+template <typename T, typename scalar_t>
+inline void widen_as(const scalar_t* x, int64_t count, T fill, T* out) {
+  int64_t j = 0;
+  if constexpr (std::is_same_v<Acc<scalar_t>, T>) {
+    for (; j + Vec<T>::size() <= count; j += Vec<T>::size()) {
+      read(x + j).store(out + j);
+    }
+  }
+  for (; j < count; ++j) {
+    out[j] = static_cast<T>(x[j]);
+  }
+  for (; j % kLanes != 0; ++j) {
+    out[j] = fill;
+  }
+}
+
+// body(pointer of the row's own type)
+template <typename Body>
+inline auto with_type(const AnyRow& row, const Body& body) {
+  switch (row.type) {
+    case ScoreType::f32:
+      return body(static_cast<const float*>(row.data));
+    case ScoreType::bf16:
+      return body(static_cast<const at::BFloat16*>(row.data));
+    case ScoreType::f16:
+      return body(static_cast<const at::Half*>(row.data));
+    default:
+      return body(static_cast<const double*>(row.data));
+  }
+}
+
+template <typename T>
+inline void widen(const AnyRow& row, int64_t begin, int64_t count, T fill, T* out) {
+  with_type(row, [=](const auto* x) { widen_as(x + begin, count, fill, out); });
+}
+
 // sweep<scalar_t>(...) for the types of scores whose arithmetic is float32.
 #define FUSEER_OF_FLOAT(type, sweep, ...)    \
   switch (type) {                            \

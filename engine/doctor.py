@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 import torch
 
 from fuseer.engine.distributed import cores
-from fuseer.kernels import extension
+from fuseer.kernels import cuda_library, extension
 
 
 def findings() -> list[tuple[str, str, str]]:
@@ -18,13 +18,14 @@ def findings() -> list[tuple[str, str, str]]:
         ("torch", torch.__version__, f"CPU capability {torch.backends.cpu.get_cpu_capability()}"),
         _gpu(),
         _extension(),
+        _cuda_kernels(),
         _package("triton", "triton", "GPU kernels", "pip install triton; on the CPU nothing needs it"),
         _package("deepspeed", "deepspeed", "the training engine", "pip install 'fuseer[engine]'"),
         _dali(),
         _package("timm", "timm", "backbones other than RegNet", "pip install 'fuseer[engine]'"),
         _apex(),
         _program("g++", "builds fuseer.kernels._C", "ops run on their reference implementation"),
-        _program("nvcc", "builds CUDA kernels", "no CUDA kernel is built; Triton needs none"),
+        _program("nvcc", "builds fuseer.kernels._C_cuda", "no CUDA kernel is built; Triton needs none"),
         _program("chromium", "checks report.html in the tests", "that check is reported as not run"),
     ]
 
@@ -41,6 +42,12 @@ def _extension() -> tuple[str, str, str]:
         return "fuseer._C", "off", f"{extension.reason()}; ops run on their reference implementation"
     info = module.build_info()
     return "fuseer._C", "built", ", ".join(f"{key} {value}" for key, value in info.items())
+
+
+def _cuda_kernels() -> tuple[str, str, str]:
+    if cuda_library.REASON is not None:
+        return "fuseer._C_cuda", "off", f"{cuda_library.REASON}; Triton needs none of them"
+    return "fuseer._C_cuda", "built", "the CUDA C++ kernels"
 
 
 def _package(name: str, module: str, use: str, remedy: str) -> tuple[str, str, str]:

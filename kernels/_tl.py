@@ -66,6 +66,16 @@ def refusal(**tensors):
     return None
 
 
+def refusal_of_lists(**lists):
+    """Why Triton does not take these lists of tensors, all on one device, in words; None where it does."""
+    for name, tensors in lists.items():
+        for i, x in enumerate(tensors):
+            reason = refusal(**{f"{name}[{i}]": x}) if i == 0 or x.dtype == torch.float64 else None
+            if reason is not None:
+                return reason
+    return None
+
+
 def launch(kernel, grid, *args, **options):
     """kernel[grid](*args, **options), or nothing where the grid is empty."""
     if all(grid):
@@ -86,6 +96,12 @@ def inverse(x):
     if float(high) > 1 / x:
         high = np.nextafter(high, np.float32(0))
     return float(high), max(1 / x - float(high), 1e-37)
+
+
+def two_floats(x):
+    """x as high + low, exactly as two floats can: low is 0 where one is enough."""
+    high = float(np.float32(x))
+    return high, x - high
 
 
 def power_of_two(n):

@@ -1,6 +1,7 @@
 """In which words does an op refuse its arguments?"""
 
 import math
+import sys
 
 import torch
 
@@ -82,3 +83,75 @@ def indices_within(op, name, value, rows):
     low, high = value.min().item(), value.max().item()
     if low < 0 or high >= rows:
         raise ValueError(f"{op}: {name} must be in 0..{rows - 1}; got {low}..{high}")
+
+
+def within(op, name, value, low, high):
+    """Refuse everything but a real number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number; got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{op}: {name} must be in {low}..{high}; got {value}")
+
+
+def not_negative(op, name, value):
+    """Refuse everything but a finite real number of at least zero."""
+    within(op, name, value, 0, sys.float_info.max)
+
+
+def same_length(op, **lists):
+    """Refuse lists of different lengths."""
+    if len({len(x) for x in lists.values()}) > 1:
+        lengths = ", ".join(f"{len(x)} {name}" for name, x in lists.items())
+        raise ValueError(f"{op}: the lists must be equally long; got {lengths}")
+
+
+def alike(op, first_name, first, **others):
+    """Refuse anything but lists of tensors of ours dtypes, all on one device, with the shapes of `first` at every place."""
+    for name, tensors in {first_name: first, **others}.items():
+        for i, (x, like) in enumerate(zip(tensors, first, strict=True)):
+            if not isinstance(x, torch.Tensor):
+                raise TypeError(f"{op}: {name}[{i}] must be a tensor; got {type(x).__name__}")
+            if x.dtype not in DTYPES:
+                raise TypeError(f"{op}: {name}[{i}] must be float16, bfloat16, float32 or float64; got {x.dtype}")
+            if x.shape != like.shape:
+                raise ValueError(f"{op}: {name}[{i}] must have the shape of {first_name}[{i}], {list(like.shape)}; got {list(x.shape)}")
+            if x.device != first[0].device:
+                raise ValueError(f"{op}: {name}[{i}] must be on the device of {first_name}[0], {first[0].device}; got {x.device}")
+
+
+def written_lists(op, **lists):
+    """Refuse tensors that are written although several of their elements are one number in memory."""
+    for name, tensors in lists.items():
+        for i, x in enumerate(tensors):
+            if isinstance(x, torch.Tensor) and any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+                raise ValueError(f"{op}: {name}[{i}] is written, and is expanded: its elements share memory; give it a .clone()")
+
+
+def device_flag(op, name, value, tensors):
+    """Refuse anything but a scalar tensor on the device of `tensors`."""
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        got = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"{op}: {name} must be a tensor of one element; got {got}")
+    if tensors:
+        same_device(op, "params", tensors[0], name, value)
+
+
+def segments(op, value, tensors, layers):
+    """Refuse anything but int64 [S, 4] rows (tensor, start, numel, layer) on the CPU that lie inside flat tensors and do not overlap."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.int64 or value.dim() != 2 or value.shape[1] != 4:
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"{op}: segments must be int64 [S, 4]: tensor, start, numel, layer; got {got}")
+    if value.device.type != "cpu":
+        raise ValueError(f"{op}: segments must be on the CPU, where launches are planned; got {value.device}; move it with .cpu() once")
+    for i, x in enumerate(tensors):
+        if x.dim() != 1:
+            raise ValueError(f"{op}: with segments every tensor must be flat, [n]; params[{i}] is {list(x.shape)}")
+    ends = [0] * len(tensors)
+    for row, (tensor, start, numel, layer) in enumerate(sorted(value.tolist())):
+        inside = 0 <= tensor < len(tensors) and 0 <= layer < layers and numel >= 0
+        if not inside or start < ends[tensor] or start + numel > tensors[tensor].numel():
+            raise ValueError(
+                f"{op}: segments must lie inside {len(tensors)} tensors and {layers} layers and not overlap; "
+                f"row {row} in order of start is {[tensor, start, numel, layer]}"
+            )
+        ends[tensor] = start + numel

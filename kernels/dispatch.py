@@ -193,6 +193,19 @@ def recording():
         yield
 
 
+def widened_list(tensors, like):
+    """Each tensor in the compute dtype of the one at its place in `like`."""
+    return [x.to(compute_dtype(other.dtype)) for x, other in zip(tensors, like, strict=True)]
+
+
+def changed(*lists):
+    """Has autograd know that an op wrote these tensors: a graph that kept one refuses its backward, as after torch's in-place ops."""
+    if not torch.compiler.is_compiling():
+        for tensors in lists:
+            if tensors:
+                torch.autograd.graph.increment_version(tensors)
+
+
 def _cast(value, dtype):
     if isinstance(value, (list, tuple)):
         return [_cast(x, dtype) for x in value]

@@ -1,4 +1,4 @@
-"""Which modules hold what the ops need between calls, and which replace lightly's losses by changing one import?"""
+"""Which modules hold what the ops need between calls, and which replace lightly's losses and apex's LARC by changing one import?"""
 
 import torch
 import torch.distributed as dist
@@ -122,6 +122,113 @@ class SwaVLoss(nn.Module):
     def extra_repr(self):
         names = ("temperature", "sinkhorn_iterations", "sinkhorn_epsilon", "sinkhorn_gather_distributed")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+
+class LARC(torch.optim.Optimizer):
+    """`optimizer` with every gradient g of a layer w replaced, before its step, by r (g + weight_decay w): apex.parallel.LARC, as it was.
+
+        r = trust_coefficient |w| / (|g| + weight_decay |w| + eps), with `clip` min(r / lr, 1)
+
+    Where |w| or |g| is 0 the gradient stays as it is. weight_decay and lr are those of the parameter's group; the inner optimizer
+    decays nothing in that step, and has its groups' decay back afterwards. param_groups, state, defaults, state_dict, load_state_dict,
+    zero_grad, add_param_group, __getstate__ and any other attribute are the inner optimizer's own; learning-rate schedulers take the
+    wrapper or what it wraps. step(closure) scales what each call of the closure left, and returns what the inner step returns.
+    Every parameter is adapted, biases and norms too; each tensor is a layer, so sharded parameters need `lars_update_` instead. No
+    tensor is asked for by the host. The norms are taken here and not by `lars_update_`, which would make the step itself.
+    Unlike apex's: a step may have a closure, schedulers take it, pickle and copy keep it, and a group that maximizes is refused.
+    Raises TypeError for what is no optimizer; ValueError for coefficients and, at the step, for groups with maximize=True.
+    Source: You et al. 2017; NVIDIA apex, apex/parallel/LARC.py, removed since.
+    """
+
+    # a GradScaler unscales before the step: a fused inner optimizer would do it after our scaling
+    _step_supports_amp_scaling = False
+
+    def __init__(self, optimizer, trust_coefficient=0.02, clip=True, eps=1e-8):
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"LARC: optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
+        checks.positive("LARC", "trust_coefficient", trust_coefficient)
+        checks.not_negative("LARC", "eps", eps)
+        self.optim = optimizer
+        self.trust_coefficient = trust_coefficient
+        self.eps = eps
+        self.clip = clip
+
+    def step(self, closure=None):
+        if any(group.get("maximize") for group in self.param_groups):
+            raise ValueError("LARC: no group may maximize, for its decay would grow the weights; got maximize=True; negate the loss")
+        decays = [group.get("weight_decay", 0) for group in self.param_groups]
+        for group in self.param_groups:
+            if "weight_decay" in group:
+                group["weight_decay"] = 0
+        try:
+            if closure is None:
+                self._scale(decays)
+                return self.optim.step()
+            return self.optim.step(lambda: self._evaluated(closure, decays))
+        finally:
+            for group, decay in zip(self.param_groups, decays, strict=True):
+                if "weight_decay" in group:
+                    group["weight_decay"] = decay
+
+    def _evaluated(self, closure, decays):
+        loss = closure()
+        self._scale(decays)
+        return loss
+
+    @torch.no_grad()
+    def _scale(self, decays):
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            alike = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike.setdefault((p.device, p.dtype, p.grad.dtype), []).append(p)
+            for params in alike.values():
+                self._scale_alike(params, [p.grad for p in params], group["lr"], decay)
+
+    def _scale_alike(self, params, grads, lr, decay):
+        """Of tensors of one device and dtype, in a few multi-tensor operators."""
+        dtype = dispatch.compute_dtype(params[0].dtype)
+        w, g = (torch.stack(torch._foreach_norm(tensors, 2, dtype)) for tensors in (params, grads))
+        ratios = self.trust_coefficient * w / (g + decay * w + self.eps)
+        if self.clip:
+            ratios = (ratios / lr).clamp_max(1.0)
+        if decay:
+            torch._foreach_add_(grads, params, alpha=decay)
+        # a gradient of zeros stays one, decay or not; where the weights are zeros there was nothing to add
+        ratios = torch.where(g == 0, 0.0, torch.where(w == 0, 1.0, ratios))
+        torch._foreach_mul_(grads, list(ratios.unbind()))
+
+    param_groups = property(lambda self: self.optim.param_groups, lambda self, groups: setattr(self.optim, "param_groups", groups))
+    state = property(lambda self: self.optim.state, lambda self, state: setattr(self.optim, "state", state))
+
+    def __getattr__(self, name):
+        if name == "optim":
+            raise AttributeError(name)
+        return getattr(self.optim, name)
+
+    def state_dict(self):
+        return self.optim.state_dict()
+
+    def load_state_dict(self, state_dict):
+        self.optim.load_state_dict(state_dict)
+
+    def zero_grad(self, *args, **kwargs):
+        self.optim.zero_grad(*args, **kwargs)
+
+    def add_param_group(self, param_group):
+        self.optim.add_param_group(param_group)
+
+    def __getstate__(self):
+        return self.optim.__getstate__()
+
+    def __setstate__(self, state):
+        self.optim.__setstate__(state)
+
+    def __reduce__(self):
+        return LARC, (self.optim, self.trust_coefficient, self.clip, self.eps)
+
+    def __repr__(self):
+        return repr(self.optim)
 
 
 def _bank(size):

@@ -13,8 +13,9 @@ class Case:
     """One set of inputs: `build(generator)` makes the op's keyword arguments in the order of reference.py, tensors in float64.
 
     `production` marks the shapes that training meets: benchmarks run those, in `dtype`; tests run the others, in every dtype.
-    Tests that draw shapes make no last axis shorter than `narrowest` (a unit row of one number is ±1, and its gradient all rounding) and
-    multiply the numbers by no more than `largest_scale`.
+    Of an op that updates lists in place `build` makes the public keyword arguments; benchmarks take the lists named in `halves` in
+    bfloat16. Tests that draw shapes make no last axis shorter than `narrowest` (a unit row of one number is ±1, and its gradient all
+    rounding) and multiply the numbers by no more than `largest_scale`.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     narrowest: int = 1
     largest_scale: float = 3.0
+    halves: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def raw_arguments(raw, arguments):
 
     What is one tensor in a case and a list in the schema is a list of one, and None an empty list.
     """
-    known = {"group_name": "", "gradient": True, "same_rows": False, **arguments}
+    known = {"group_name": "", "gradient": True, "same_rows": False, "momentum_scalar": None, **arguments}
 
     def given(argument):
         value = known[argument.name]
@@ -134,6 +136,66 @@ def verdicts(function, reference, case, dtype, differentiable=(), arguments=None
     """
     found = compared(function, reference, case, dtype, differentiable, arguments, device)
     return {name: error_vs_eager(*three) for name, three in found.items()}
+
+
+def update_inputs(case, dtype_of, seed=0, device="cpu"):
+    """The keyword arguments of an op that updates lists: tensor i of each in dtype_of(name of the list, i); scalars as built."""
+    made = case.build(torch.Generator().manual_seed(seed))
+    return {name: _listed(name, x, lambda name, i, x: x.to(device, dtype_of(name, i))) for name, x in made.items()}
+
+
+def compared_updates(function, reference, make, written):
+    """{what: (actual, eager, truth)} of an op that writes the lists named in `written`, as error_vs_eager takes them.
+
+    make() gives its keyword arguments anew each time. What one dtype of arithmetic (that of the first list's tensor) and one dtype of the
+    result have in common is judged together, and in the coarser of both. A NaN that the truth has too, such as padding, is left out.
+    """
+    given = make()
+    function(**given)
+    wide = {}
+    for precision in (torch.float32, torch.float64):
+        wide[precision] = {name: _listed(name, x, lambda _, i, x, to=precision: x.to(to, copy=True)) for name, x in make().items()}
+        reference(**wide[precision])
+    shrunk = 8 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    found = {}
+    for name in (name for name in written if given[name]):
+        for i, like in enumerate(given[written[0]]):
+            arithmetic, x = compute_dtype(like.dtype), given[name][i]
+            judged = max(arithmetic, x.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+            single, truth = (wide[precision][name][i] for precision in (torch.float32, torch.float64))
+            eager = single if arithmetic == torch.float32 else truth + (single.double() - truth) * shrunk
+            absent = truth.isnan() & x.isnan()
+            three = [y.masked_fill(absent, 0.0).flatten() for y in (x.to(judged), eager, truth)]
+            found.setdefault(f"{name} in {judged}, computed in {arithmetic}", []).append(three)
+    return {what: tuple(torch.cat(parts) for parts in zip(*threes, strict=True)) for what, threes in found.items()}
+
+
+def _listed(name, value, change):
+    """A list of tensors with change(name, i, tensor) in place of each; anything else as it is."""
+    if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
+        return [change(name, i, x) for i, x in enumerate(value)]
+    return value
+
+
+def resnet50():
+    """The shapes of ResNet-50's 161 parameters, from its architecture."""
+    shapes, channels = [(64, 3, 7, 7), (64,), (64,)], 64
+    for width, blocks in zip((64, 128, 256, 512), (3, 4, 6, 3), strict=True):
+        for block in range(blocks):
+            for shape in ((width, channels, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)):
+                shapes += [shape, shape[:1], shape[:1]]
+            if block == 0:
+                shapes += [(4 * width, channels, 1, 1), (4 * width,), (4 * width,)]
+            channels = 4 * width
+    return [*shapes, (1000, channels), (1000,)]
+
+
+def vit_b():
+    """The shapes of ViT-B/16's 152 parameters, from its architecture."""
+    D = 768
+    layers = (((D,), (D,)), ((3 * D, D), (3 * D,)), ((D, D), (D,)), ((D,), (D,)), ((4 * D, D), (4 * D,)), ((D, 4 * D), (D,)))
+    block = [shape for pair in layers for shape in pair]
+    return [(1, 1, D), (1, 197, D), (D, 3, 16, 16), (D,), *12 * block, (D,), (D,), (1000, D), (1000,)]
 
 
 def _cast(arguments, dtype):

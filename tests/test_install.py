@@ -11,10 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TREE = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "kernels", "engine", "csrc")
-LIBRARY = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+LIBRARIES = ("_C" + sysconfig.get_config_var("EXT_SUFFIX"), "_C_cuda.so")
 PROGRAM = """
 import torch
-from fuseer.kernels import extension
+from fuseer.kernels import cuda_library, extension
 from fuseer.kernels.functional import sinkhorn
 import fuseer.kernels.functional as functional
 codes = sinkhorn(torch.rand(8, 5))
@@ -23,7 +23,7 @@ try:
     sinkhorn(torch.rand(8, 5), backend="cpu")
 except RuntimeError as error:
     print(error)
-print(extension.load(), extension.reason(), functional.__file__, sep="\\n")
+print(extension.load(), extension.reason(), cuda_library.REASON, functional.__file__, sep="\\n")
 """
 
 
@@ -42,16 +42,22 @@ def run(*command, cwd, env):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of the tree with a library left over from an earlier build."""
+    """A copy of the tree with libraries left over from an earlier build."""
     folder = tmp_path / "checkout"
     folder.mkdir()
     for name in TREE:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_C_reason.txt"))
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_C*_reason.txt"))
         elif (ROOT / name).exists():
             shutil.copy(ROOT / name, folder / name)
-    (folder / "kernels" / LIBRARY).write_bytes(b"an earlier build")
+    plant(folder / "kernels")
     return folder
+
+
+def plant(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    for library in LIBRARIES:
+        (folder / library).write_bytes(b"an earlier build")
 
 
 @pytest.fixture
@@ -70,11 +76,12 @@ def install(python, checkout, *what):
 
 def check_that_it_runs_on_reference(python, folder):
     told = run(python, "-c", PROGRAM, cwd=folder.parent, env=without_compiler(python.parent)).splitlines()
-    refused, library, reason, file, *logged = told
+    refused, library, reason, without_cuda, file, *logged = told
     assert "sinkhorn: backend 'cpu' was asked for and cannot run" in refused
     assert "no C++ compiler: c++ is not on PATH" in refused
     assert library == "None"
     assert reason.startswith("the C++ extension was not built: no C++ compiler")
+    assert without_cuda.startswith("the CUDA kernels were not built: no C++ compiler")
     assert Path(file).is_relative_to(folder)
     assert any(line.startswith("sinkhorn: runs on reference (cpu: the C++ extension was not built: no C++ compiler") for line in logged)
 
@@ -94,18 +101,17 @@ def test_editable_install_without_a_compiler(checkout, python):
     output = install(python, checkout, "-e", ".")
     assert "fuseer: the C++ extension was NOT built; every op runs on its reference." in output
     assert "no C++ compiler: c++ is not on PATH" in output
-    assert not (checkout / "kernels" / LIBRARY).exists()
+    assert not any((checkout / "kernels" / library).exists() for library in LIBRARIES)
     check_that_it_runs_on_reference(python, checkout)
 
 
 def test_wheel_without_a_compiler(checkout, python, tmp_path):
     platform = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     stale = checkout / "build" / f"lib.{platform}" / "fuseer" / "kernels"
-    stale.mkdir(parents=True)
-    (stale / LIBRARY).write_bytes(b"an earlier build")
+    plant(stale)
     options = ("--no-deps", "--no-build-isolation", "--no-index", "-w", tmp_path / "wheels")
     run(python, "-m", "pip", "wheel", *options, ".", cwd=checkout, env=without_compiler(python.parent))
-    assert (checkout / "kernels" / LIBRARY).exists(), "a wheel must not touch the checkout's own library"
+    assert all((checkout / "kernels" / library).exists() for library in LIBRARIES), "a wheel must not touch the checkout's own library"
     (wheel,) = (tmp_path / "wheels").glob("fuseer-*.whl")
     install(python, tmp_path, wheel)
     (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages/fuseer")
@@ -125,7 +131,6 @@ def test_with_a_compiler_the_extension_is_here_and_says_how_it_was_built():
 
     assert extension.reason() is None
     info = extension.load().build_info()
-    assert set(info) == {"compiler", "flags", "instruction_sets", "cpu_capability", "cuda_archs", "torch"}
+    assert set(info) == {"compiler", "flags", "instruction_sets", "cpu_capability", "torch"}
     assert info["torch"] == torch.__version__
     assert info["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
-    assert info["cuda_archs"] == "" or list(ROOT.glob("csrc/**/*.cu"))

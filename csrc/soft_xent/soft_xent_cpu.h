@@ -6,12 +6,6 @@
 
 namespace fuseer {
 
-// A row of k neighbours of any type.
-struct AnyRow {
-  const void* data;
-  ScoreType type;
-};
-
 // How a target becomes a distribution: as it is (temperature 0), or by softmax((target - center) / temperature).
 template <typename T>
 struct Sharpening {

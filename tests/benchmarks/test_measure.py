@@ -13,7 +13,6 @@ from benchmarks import measure, report, run
 from benchmarks.kernels import sinkhorn as sinkhorn_programs
 from benchmarks.kernels import swapped_prediction as swapped_programs
 from fuseer.kernels import functional
-from fuseer.kernels.testing import inputs
 
 MACHINE = {
     **{"date": "2026-01-02T03:04:05+00:00", "commit": "abc1234", "dirty": False, "device": "A Processor", "instruction_set": "AVX512"},
@@ -29,8 +28,8 @@ def small(op):
 
 
 def hide_lightly(monkeypatch):
-    """Also where another test has imported it."""
-    for name in {"lightly", *(name for name in sys.modules if name.startswith("lightly."))}:
+    """Also where another test has imported it; and timm."""
+    for name in {"lightly", "timm", *(name for name in sys.modules if name.startswith(("lightly.", "timm.")))}:
         monkeypatch.setitem(sys.modules, name, None)
 
 
@@ -38,7 +37,7 @@ def hide_lightly(monkeypatch):
 def test_every_case_finds_the_backends_that_take_it(op):
     for case in run.part(op, "cases").CASES:
         if not case.production:
-            assert run.backends(op, inputs(case, torch.float32))[-1] == "reference", case.name
+            assert run.backends(op, run.given_to(op, case))[-1] == "reference", case.name
 
 
 def test_every_sweep_goes_along_its_letter():
@@ -53,7 +52,7 @@ def test_every_sweep_goes_along_its_letter():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """No lightly, no minutes of rates, and a machine that passes for calm: whether it is has tests of its own."""
+    """No lightly, no timm, no minutes of rates, and a machine that passes for calm: whether it is has tests of its own."""
     hide_lightly(monkeypatch)
     monkeypatch.setattr(measure, "rates", lambda device: {"copy_gb_s": 20.0, "fma_g_s": 50.0})
     monkeypatch.setattr(measure, "MAX_SPREAD", float("inf"))
@@ -64,9 +63,10 @@ def test_every_op_is_benchmarked_on_every_backend(op, quick):
     case = small(op)
     found, rejected = run.bench(op, [case], repeats=3, with_compile=False, with_memory=False)
     assert not rejected
-    arguments = run.inputs(case, case.dtype)
+    arguments = run.given_to(op, case)
     bounds = {"two_gemms"} if op == "info_nce" else set()
-    assert {row["program"] for row in found} == {"official", *bounds, *run.backends(op, arguments)}
+    eager = {"official", "foreach_mul_add", "foreach_lerp"} if op == "ema_update_" else {"official"}
+    assert {row["program"] for row in found} == {*eager, *bounds, *run.backends(op, arguments)}
     assert {row["program"] for row in found if row["kind"] == "bound"} == bounds
     assert [row["program"] for row in found if row["preferred"]] == [run.backends(op, arguments)[0]]
     for row in found:
@@ -87,6 +87,27 @@ def test_a_wrong_backend_gets_no_speed(quick, monkeypatch):
     with pytest.raises(run.Wrong, match=r"sinkhorn small: backend \w+ is wrong, so nothing is timed: out max\|error\|"):
         run.bench("sinkhorn", [small("sinkhorn")], repeats=3, with_compile=False, with_memory=False)
     assert not timed
+
+
+@pytest.mark.parametrize("op", [op for op in run.OPS if run.updates(op)])
+def test_an_update_that_is_another_one_is_refused(op, quick, monkeypatch):
+    module, mutated = run.published(op), run.part(op, "cases").mutated
+    right = module.official
+    monkeypatch.setattr(module, "official", lambda **given: right(**mutated(given)))
+    with pytest.raises(run.Wrong, match=f"{op} small: official is another function than {op}: .* of its change"):
+        run.bench(op, [small(op)], repeats=3, with_compile=False, with_memory=False)
+
+
+@pytest.mark.parametrize("op", [op for op in run.OPS if run.updates(op)])
+def test_a_wrong_update_gets_no_speed(op, quick, monkeypatch):
+    right, mutated = getattr(functional, op), run.part(op, "cases").mutated
+    monkeypatch.setattr(
+        functional, op, lambda backend, **given: right(backend=backend, **(given if backend == "reference" else mutated(given)))
+    )
+    if run.backends(op, run.given_to(op, small(op))) == ["reference"]:
+        pytest.skip("no backend here but the reference")
+    with pytest.raises(run.Wrong, match=rf"{op} small: backend \w+ is wrong, so nothing is timed: "):
+        run.bench(op, [small(op)], repeats=3, with_compile=False, with_memory=False)
 
 
 @pytest.mark.parametrize(("op", "module"), [("sinkhorn", sinkhorn_programs), ("swapped_prediction", swapped_programs)])
@@ -200,7 +221,8 @@ def test_what_was_not_run_is_a_row_with_its_reason(quick, monkeypatch):
     assert not rejected
     rows = {row["program"]: row for row in found}
     assert {name: row.get("not_run") for name, row in rows.items()} == {
-        **dict.fromkeys(rows), **dict.fromkeys(("official", "reference"), "needs 9 GB, 1 GB are free")
+        **dict.fromkeys(rows),
+        **dict.fromkeys(("official", "reference"), "needs 9 GB, 1 GB are free"),
     }
     assert set(judged) == {run.published("nt_xent").oracle} and rows["cpu"]["preferred"]
     assert all(row["speedup"] is None for row in found) and rows["official"]["p50_ms"] is rows["official"]["extra_mb"] is None
@@ -332,7 +354,7 @@ def test_the_repository_has_the_markers_that_the_report_fills():
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["sinkhron"], "choose one of info_nce, nt_xent, sinkhorn, soft_xent, swapped_prediction, sweep, step, report"),
+        (["sinkhron"], f"choose one of {', '.join(run.OPS)}, sweep, step, report"),
         (["sinkhorn", "soft_xent"], "got sinkhorn soft_xent"),
         (["device=tpu"], "device must be cpu or cuda; got 'tpu'"),
         (["--device"], "device must be cpu or cuda; got ''"),

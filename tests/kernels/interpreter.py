@@ -106,10 +106,11 @@ def _inside(found, own):
 
 
 @contextlib.contextmanager
-def counted():
+def counted(reached=()):
     """Counts the launches made inside. AssertionError where a kernel touches memory outside its tensors, or races.
 
-    Outside is every element that is not one of a tensor in the kernel's arguments, a stranger between strided ones included.
+    Outside is every element that is not one of a tensor in the kernel's arguments, a stranger between strided ones included, nor of those
+    that are `reached` by addresses in a table; that list may grow until the launch.
     It races where a launch writes an element twice, or a program reads what another writes: on a GPU these have no order.
     """
     count, builder = Count(), interpreter.interpreter_builder
@@ -131,7 +132,7 @@ def counted():
 
     def run(executor, *args, **options):
         nonlocal own
-        tensors = [x for x in tree_leaves((args, options)) if isinstance(x, torch.Tensor)]
+        tensors = [x for x in tree_leaves((args, options)) if isinstance(x, torch.Tensor)] + list(reached)
         count.given += tensors
         count.launches.append((executor.fn.__name__, tuple(executor.grid)))
         for accesses in log.values():

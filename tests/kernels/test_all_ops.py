@@ -11,6 +11,7 @@ from grid import (
     DTYPES,
     INTERPRETED,
     LAYOUTS,
+    OPS,
     cases,
     equal_rows,
     first,
@@ -33,7 +34,7 @@ from fuseer.kernels import dispatch, functional
 from fuseer.kernels.testing import Case, error_vs_eager, inputs
 
 SINGLE_AND_HALF = (torch.float32, torch.bfloat16, torch.float16)
-OPS = pytest.mark.parametrize("op", functional.__all__)
+EVERY_OP = pytest.mark.parametrize("op", OPS)
 SOME_DTYPES = (torch.float32,) if INTERPRETED else DTYPES
 SWEEP = 9 if INTERPRETED else 300
 LONGEST = 12 if INTERPRETED else 40
@@ -50,14 +51,14 @@ def test_every_folder_with_an_op_is_in_the_public_list():
 
 
 def test_every_op_has_cases_that_tell_and_trials_for_them():
-    for op in functional.__all__:
+    for op in OPS:
         assert len(telling(op)) >= 2, op
         assert {case.name for case in telling(op)} <= {case.name for case in cases(op)}
     names = {trial.op for trial in trials()}
-    assert INTERPRETED or names == set(functional.__all__)
+    assert INTERPRETED or names == set(OPS)
 
 
-@OPS
+@EVERY_OP
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_backend_takes_a_dtype_in_every_case_or_in_none(op, device):
     for impl in part(op, "op").IMPLS:
@@ -175,7 +176,7 @@ def laid_out(arguments, strides):
     return {name: with_tensors({name: x}, LAYOUTS[strides[name]])[name] if strides[name] else x for name, x in arguments.items()}
 
 
-@OPS
+@EVERY_OP
 def test_backend_by_name_runs_or_raises(op, monkeypatch):
     call, arguments = getattr(functional, op), inputs(cases(op)[0], torch.float32)
     with pytest.raises(ValueError, match=f"{op}: backend must be one of triton, cuda, cpu, reference; got 'fast'"):

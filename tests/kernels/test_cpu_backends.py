@@ -41,8 +41,9 @@ def test_every_instruction_set(capability):
     program = (
         f"import sys, torch, pytest; assert torch.backends.cpu.get_cpu_capability() == {capability!r};sys.exit(pytest.main(sys.argv[1:]))"
     )
-    chosen = "cpu-cpu and (test_verdict or test_everything or test_memory or test_sweep or test_any or test_every_output)"
-    arguments = ["-p", "no:cacheprovider", "--tb=short", "-k", chosen, str(HERE / "test_all_ops.py")]
+    names = ("verdict", "everything", "memory", "sweep", "any", "every_output", "nothing_else", "every_call")
+    chosen = f"cpu-cpu and ({' or '.join(f'test_{name}' for name in names)})"
+    arguments = ["-p", "no:cacheprovider", "--tb=short", "-k", chosen, *(str(HERE / f"test_all_{what}.py") for what in ("ops", "updates"))]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": CAPABILITIES[capability], "MALLOC_PERTURB_": "128"}
     done = subprocess.run([sys.executable, "-c", program, *arguments], env=environment, cwd=HERE.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

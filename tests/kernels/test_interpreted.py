@@ -15,6 +15,8 @@ FILES = {
     "interpreted.py": "",
     "interpreted_contrast.py": "",
     "interpreted_swapped.py": "",
+    "interpreted_updates.py": "",
+    "test_all_updates.py": "",
     "test_all_ops.py": "",
     "test_sinkhorn.py": "triton",
     "test_ranks.py": "",
@@ -25,6 +27,9 @@ FILES = {
     "test_soft_xent.py": "triton",
     "test_nt_xent.py": "triton",
     "test_info_nce.py": "triton",
+    "test_ema_update_.py": "triton",
+    "test_lars_update_.py": "triton",
+    "test_ranks_updates.py": "",
 }
 
 
