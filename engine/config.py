@@ -45,7 +45,8 @@ class OptimConfig(Config):
     Thin parameters are those of at most one dimension: norms and biases.
     """
 
-    name: Literal["larc", "sgd", "adamw"] = "larc"
+    name: Literal["lars", "sgd", "adamw"] = "lars"
+    variant: Literal["larc", "mocov3", "simclr", "byol", "paws"] = Field("larc", description="lars: which of the published five")
     lr: float = Field(gt=0)
     start_lr: float = Field(0.0, ge=0)
     final_lr: float = Field(0.0, ge=0)
@@ -57,11 +58,10 @@ class OptimConfig(Config):
     milestones_epochs: tuple[float, ...] = Field((), description="the same in epochs; give one of the two")
     milestone_factor: float = Field(0.1, gt=0)
     weight_decay: float = Field(1e-6, ge=0)
-    decay_thin: bool | None = Field(None, description="decay thin parameters too; none given: larc and sgd do, adamw does not")
-    adapt_thin: bool = Field(True, description="larc: thin parameters get a trust ratio too; SimCLR's and MoCo v3's LARS say false")
+    decay_thin: bool | None = Field(None, description="decay thin parameters too; none given: sgd does, adamw does not; lars: see variant")
     momentum: float = Field(0.9, ge=0, lt=1)
     trust_coefficient: float = Field(0.001, gt=0)
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(1e-8, gt=0, description="adamw's; that of lars goes with its variant")
     betas: tuple[float, float] = (0.9, 0.999)
 
     @property
@@ -81,8 +81,14 @@ class OptimConfig(Config):
                 raise ValueError(f"{name} must rise from above 0; got {list(marks)}")
         if self.per_epoch and self.schedule == "step":
             raise ValueError("per_epoch=true holds the cosine within an epoch; schedule=step has none: leave per_epoch out")
-        if not self.adapt_thin and self.name != "larc":
-            raise ValueError(f"adapt_thin=false is about the trust ratios of name=larc; {self.name} has none: leave adapt_thin out")
+        return self
+
+    @model_validator(mode="after")
+    def _rule_is_whole(self):
+        if self.name != "lars" and self.variant != "larc":
+            raise ValueError(f"variant={self.variant} is one of name=lars; {self.name} has none: leave variant out, or say name=lars")
+        if self.name == "lars" and self.decay_thin is not None:
+            raise ValueError(f"decay_thin={self.decay_thin} is for sgd and adamw; what lars decays goes with its variant: leave it out")
         return self
 
 
@@ -121,7 +127,7 @@ class TrainConfig(Config):
     epochs: float = Field(0.0, ge=0)
     accumulation_steps: int = Field(1, ge=1)
     precision: Literal["fp32", "bf16-autocast"] = "fp32"
-    zero_stage: int = Field(0, ge=0, le=2)
+    zero_stage: int = Field(0, ge=0, le=3)
     log_every_steps: int = Field(10, ge=1)
     checkpoint_every_steps: int = Field(0, ge=0, description="0 = only at the end")
     keep_checkpoints: int = Field(2, ge=1)
@@ -130,11 +136,6 @@ class TrainConfig(Config):
     def _one_duration(self):
         if (self.steps > 0) == (self.epochs > 0):
             raise ValueError(f"give exactly one of steps and epochs; got steps={self.steps} and epochs={self.epochs}")
-        if self.optim.name == "larc" and self.zero_stage >= 1:
-            raise ValueError(
-                f"optim.name=larc works with zero_stage=0 only (its norms are per tensor, and ZeRO {self.zero_stage} hands it flat "
-                "partitions); use zero_stage=0, or optim.name=sgd or adamw"
-            )
         return self
 
     def to_json(self) -> str:

@@ -122,7 +122,8 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
     """The one place where DeepSpeed's JSON is made.
 
     Clipping is named because its default is 1.0; round-robin gradients stay off because they break the map from flat partitions
-    to parameters; under autocast every gradient is reduced in fp32, else stages 1 and 2 differ from stage 0.
+    to parameters; under autocast every gradient is reduced in fp32, else stages 1 to 3 differ from stage 0; stage 3 must not put its own
+    function in the place of torch's `linear`, for the whole process and for good.
     """
     return {
         "train_micro_batch_size_per_gpu": micro_batch(config, world_size),
@@ -131,7 +132,13 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": config.zero_stage, "round_robin_gradients": False, "reduce_bucket_size": 20_000_000},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "round_robin_gradients": False,
+            "reduce_bucket_size": 20_000_000,
+            "stage3_prefetch_bucket_size": 20_000_000,
+            "memory_efficient_linear": False,
+        },
         "torch_autocast": {
             "enabled": config.precision == "bf16-autocast",
             "dtype": "bfloat16",

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from fuseer.engine import checkpoint, distributed
 from fuseer.engine.config import TrainConfig
@@ -30,7 +31,8 @@ from fuseer.engine.log import RunLog, say
 from fuseer.engine.methods.method import Ground, Method
 from fuseer.engine.models.backbone import initial_backbone
 from fuseer.engine.monitor import Monitor
-from fuseer.engine.optim import build_optimizer, layout
+from fuseer.engine.optim import build_optimizer
+from fuseer.engine.partitions import gathered, layout, shape_of
 from fuseer.engine.schedule import warmup_cosine, warmup_milestones
 from fuseer.engine.teacher import Teachers
 
@@ -38,11 +40,13 @@ from fuseer.engine.teacher import Teachers
 FREE_ON_RESUME = {"steps", "epochs", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "knn", "linear", "zero_stage"}
 FREE_DATA = {"path", "threads", "prefetch_batches", "max_broken_share"}
 PACKAGES = ("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "torchvision", "timm", "numpy", "safetensors")
+# a loss scale that starts at 2^16 has come down to 1 after 17 skipped steps: who skips more in a row does not recover
+SKIPPED_IN_A_ROW = 50
 
 
 @dataclass
 class Run:
-    """Everything that one step touches."""
+    """Everything that one step touches. `skipped_steps` had gradients that were not finite and changed nothing: they count no step."""
 
     config: TrainConfig
     ranks: Ranks
@@ -55,6 +59,7 @@ class Run:
     index: SampleIndex
     total_steps: int
     warmup_steps: int
+    skipped_steps: int = 0
 
 
 def train(config: TrainConfig, out: Path, *, resume: bool = False) -> None:
@@ -97,10 +102,11 @@ def build(config: TrainConfig, ranks: Ranks) -> Run:
     total = config.steps or max(1, round(config.epochs * index.steps_per_epoch))
     method = build_method(config, ranks, total)
     optimizer = build_optimizer(method, config.optim)
+    teachers = Teachers(method)  # before ZeRO 3 takes the weights apart
     engine = distributed.initialize_deepspeed(method, optimizer, config, ranks.world_size)
     zero = engine.optimizer if config.zero_stage else None
     optimizer.bind(layout(method, zero), ranks.group, partitioned=zero is not None)
-    teachers = Teachers(method)
+    teachers.follow(optimizer, ranks.group)
     warmup = config.optim.warmup_steps + round(config.optim.warmup_epochs * index.steps_per_epoch)
     loader = build_loader(config, reader, index, method, ranks)
     torch.manual_seed(config.seed + ranks.rank)  # weights were equal on all ranks; what is random in training must not be
@@ -137,26 +143,31 @@ def build_loader(config: TrainConfig, reader: Reader, index: SampleIndex, method
 
 def _loop(run: Run, out: Path, log: RunLog, first: int) -> None:
     config, ranks = run.config, run.ranks
-    probe = KnnProbe.where_labelled(config) if config.knn.every_steps and ranks.is_first else None
-    batches = run.loader.batches(first * config.accumulation_steps)
+    # under ZeRO 3 every rank takes part in a probe
+    probe = KnnProbe.where_labelled(config) if config.knn.every_steps and (ranks.is_first or config.zero_stage == 3) else None
+    batches = run.loader.batches((first + run.skipped_steps) * config.accumulation_steps)
     named: set[str] = set()
     monitor = Monitor(run.method.chance_loss(), config.batch_size, run.warmup_steps, run.total_steps)
     run.method.train()
     run.method.after_step(first)
-    for step in range(first, run.total_steps):
-        lr = _set_lr(run, step)
+    done, in_a_row = first, 0
+    while done < run.total_steps:
+        lr = _set_lr(run, done)
         loss = torch.zeros((), device=ranks.device)
         for _ in range(config.accumulation_steps):
             asked = time.perf_counter()
             batch = next(batches)
             log.waited(time.perf_counter() - asked)
-            if step == 0 and ranks.is_first and not (out / "crops.png").exists():
+            if done == 0 and ranks.is_first and not (out / "crops.png").exists():
                 crop_sheet(batch, out / "crops.png", mean=config.data.mean, std=config.data.std)
             total = run.engine(batch).total
             run.engine.backward(total)
             run.engine.step()
             loss += total.detach() / config.accumulation_steps
-        done = step + 1
+        if not run.engine.was_step_applied():
+            in_a_row = _skip(run, log, done, in_a_row)
+            continue
+        done, in_a_row = done + 1, 0
         run.teachers.update(done)
         run.method.after_step(done)
         log.advance(done)
@@ -171,7 +182,39 @@ def _loop(run: Run, out: Path, log: RunLog, first: int) -> None:
                 _save(run, out, done)
         if probe and (done % config.knn.every_steps == 0 or done == run.total_steps):
             with log.paused():
-                log.event("knn", done, accuracy=probe.accuracy(run.method.backbone, ranks.device))
+                backbone = _whole_backbone(run)
+                if ranks.is_first:
+                    log.event("knn", done, accuracy=probe.accuracy(backbone, ranks.device))
+
+
+def _skip(run: Run, log: RunLog, done: int, in_a_row: int) -> int:
+    """Notes that DeepSpeed has thrown a step away, because a gradient was not finite; returns how many it was in a row."""
+    run.skipped_steps += 1
+    log.event("skipped", done)
+    if in_a_row + 1 == SKIPPED_IN_A_ROW:
+        raise RuntimeError(
+            f"{SKIPPED_IN_A_ROW} steps in a row after step {done} had gradients that are not finite; lower optim.lr or lengthen the "
+            "warm-up, and go on from an earlier checkpoint"
+        )
+    return in_a_row + 1
+
+
+def _whole_backbone(run: Run) -> nn.Module | None:
+    """The backbone as one rank alone can run it; under ZeRO 3 a whole copy on the first rank, None on others. Every rank must call."""
+    sharded = run.method.backbone
+    if run.config.zero_stage < 3:
+        return sharded
+    whole = None
+    if run.ranks.is_first:
+        with torch.random.fork_rng([run.ranks.device] if run.ranks.device.type == "cuda" else []):
+            whole = initial_backbone(run.config).to(run.ranks.device)
+    for name, parameter in sharded.named_parameters():
+        with gathered([parameter]), torch.no_grad():
+            if whole is not None:
+                whole.get_parameter(name).copy_(parameter)
+    if whole is not None:
+        whole.load_state_dict(dict(sharded.named_buffers()), strict=False)
+    return whole
 
 
 def _save(run: Run, out: Path, step: int) -> None:
@@ -183,7 +226,7 @@ def _save(run: Run, out: Path, step: int) -> None:
         teachers=run.teachers,
         optimizer=run.optimizer,
         ranks=run.ranks,
-        meta={"source": source.fingerprint(), "images": len(source)},
+        meta={"source": source.fingerprint(), "images": len(source), "skipped_steps": run.skipped_steps},
         keep=run.config.keep_checkpoints,
     )
 
@@ -261,12 +304,13 @@ def _take_back(run: Run, out: Path) -> int:
     checkpoint.load(place, method=run.method, teachers=run.teachers, optimizer=run.optimizer, ranks=run.ranks)
     if meta["step"] >= run.total_steps:
         raise ValueError(f"resume: {out} is already at step {meta['step']} of {run.total_steps}; raise steps or epochs to train on")
+    run.skipped_steps = meta["skipped_steps"]
     return meta["step"]
 
 
 def _in_words(run: Run) -> str:
     config, ranks = run.config, run.ranks
-    parameters = sum(p.numel() for p in run.method.parameters()) / 1e6
+    parameters = sum(shape_of(p).numel() for p in run.method.parameters()) / 1e6
     where = f"{ranks.world_size} rank{'s' * (ranks.world_size > 1)} on {ranks.device.type}, {torch.get_num_threads()} threads each"
     return (
         f"{config.recipe}: {config.model.name}, {parameters:.2f} M parameters with head; {len(run.reader.source):,} images through "

@@ -16,7 +16,8 @@ from fuseer.engine.config import ModelConfig, OptimConfig, TrainConfig
 from fuseer.engine.data.view import Batch, View
 from fuseer.engine.methods import swav
 from fuseer.engine.methods.swav import SwAVConfig
-from fuseer.engine.optim import build_optimizer, layout
+from fuseer.engine.optim import build_optimizer
+from fuseer.engine.partitions import layout
 from fuseer.engine.recipes import tiny_swav
 from fuseer.engine.train import build_method
 from fuseer.kernels.functional import swapped_prediction

@@ -14,7 +14,7 @@ def config() -> TrainConfig:
         recipe="swav_rn50",
         method=SwAVConfig(),
         model=ModelConfig(name="resnet50", sync_norm_ranks=8),
-        optim=OptimConfig(name="larc", lr=4.8, start_lr=0.3, final_lr=0.0048, warmup_epochs=10, weight_decay=1e-6),
+        optim=OptimConfig(name="lars", variant="larc", lr=4.8, start_lr=0.3, final_lr=0.0048, warmup_epochs=10, weight_decay=1e-6),
         batch_size=4096,
         epochs=200,
         precision="bf16-autocast",

@@ -1,15 +1,19 @@
 """Is a checkpoint whole or absent, and refused in words when it does not fit?"""
 
 import json
+import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from fuseer.engine import checkpoint
+from fuseer.engine import checkpoint, tensor_file
 from fuseer.engine.config import OptimConfig
 from fuseer.engine.distributed import Ranks
-from fuseer.engine.optim import build_optimizer, layout
+from fuseer.engine.optim import build_optimizer
+from fuseer.engine.partitions import layout
+from fuseer.engine.teacher import Teachers
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 
@@ -56,12 +60,24 @@ def trained(steps=3):
     return toy, optimizer
 
 
-def taught(width=4):
-    """Teachers as the engine hands them over: a module of copies, keyed by the teacher's name."""
+class Student(nn.Module):
+    teacher_of = {"key": "body"}
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width))
+
+    def teacher_momentum(self, step):
+        return 0.9
+
+
+def taught(width=4, name="key"):
     torch.manual_seed(2)
-    key = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width))
-    key(torch.randn(8, 3))
-    return nn.ModuleDict({"key": key})
+    student = Student(width)
+    student.teacher_of = {name: "body"}
+    teachers = Teachers(student)
+    getattr(student, name)(torch.randn(8, 3))
+    return teachers
 
 
 def write(folder, toy, optimizer, *steps, keep=2):
@@ -137,7 +153,7 @@ def test_teachers_come_back_from_a_file_of_their_own(tmp_path):
     checkpoint.load(place, method=toy, teachers=again, optimizer=optimizer, ranks=ALONE)
     for name, tensor in teachers.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
-    assert again["key"][0].weight.any() and again["key"][1].running_mean.any()
+    assert again.key[0].weight.any() and again.key[1].running_mean.any()
 
 
 def test_strange_or_missing_teachers_are_refused(tmp_path):
@@ -151,11 +167,81 @@ def test_strange_or_missing_teachers_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds a teacher and this method has none \(key\)"):
         checkpoint.load(place, **given)
     with pytest.raises(ValueError, match=r"another model; it lacks \['teacher.0.bias'"):
-        checkpoint.load(place, teachers=nn.ModuleDict({"teacher": taught()["key"]}), **given)
+        checkpoint.load(place, teachers=taught(name="teacher"), **given)
     with pytest.raises(ValueError, match=r"key.0.bias is \[4\] .* and \[5\]"):
         checkpoint.load(place, teachers=taught(5), **given)
     (place / "teacher.safetensors").unlink()
     assert checkpoint.latest(tmp_path) == without, "a checkpoint without its teacher is not complete"
+
+
+def test_another_format_is_refused(tmp_path):
+    toy, optimizer = trained()
+    write(tmp_path, toy, optimizer, 1)
+    place = checkpoint.latest(tmp_path)
+    (place / "meta.json").write_text((place / "meta.json").read_text().replace(f'"format": {checkpoint.FORMAT}', '"format": 1'))
+    for load in (
+        lambda: checkpoint.load(place, method=toy, optimizer=optimizer, ranks=ALONE),
+        lambda: checkpoint.load_weights(place, toy.body, prefix="body."),
+    ):
+        with pytest.raises(ValueError, match="has format 1, this version reads 2; go on with the version that wrote it"):
+            load()
+
+
+def test_weights_are_loaded_by_name(tmp_path):
+    toy, optimizer = trained()
+    write(tmp_path, toy, optimizer, 1)
+    body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    checkpoint.load_weights(checkpoint.latest(tmp_path), body, prefix="body.")
+    assert all(torch.equal(tensor, toy.body.state_dict()[name]) for name, tensor in body.state_dict().items())
+
+
+def test_a_file_is_written_while_one_tensor_lives(tmp_path):
+    tensors = {str(dtype): torch.randint(0, 2, (3, 5)).to(dtype) for dtype in tensor_file.DTYPES}
+    tensors |= {
+        "scalar": torch.tensor(7),
+        "none": torch.zeros(0, 3),
+        "turned": torch.randn(4, 6).t(),
+        "bits": torch.tensor([-0.0, torch.nan]),
+    }
+    living = weakref.WeakSet()
+
+    def one_by_one():
+        for tensor in tensors.values():
+            assert not living
+            made = tensor.clone()
+            living.add(made)
+            yield made
+            del made
+
+    entries = [tensor_file.Entry(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    tensor_file.write(tmp_path / "file.safetensors", entries, one_by_one())
+    read = load_file(tmp_path / "file.safetensors")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype and read[name].shape == tensor.shape
+        assert torch.equal(read[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+
+
+def test_a_tensor_unlike_its_entry_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"scalar was announced as torch.int64 \[\]; got torch.float32 \[2\]"):
+        tensor_file.write(tmp_path / "x", [tensor_file.Entry("scalar", torch.int64, ())], iter([torch.zeros(2)]))
+    with pytest.raises(TypeError, match="x is torch.complex64; a file holds"):
+        tensor_file.write(tmp_path / "x", [tensor_file.Entry("x", torch.complex64, ())], iter([]))
+
+
+def test_pieces_that_are_not_the_parameter_are_refused(tmp_path):
+    toy, optimizer = trained()
+    optimizer.partitioned = True
+    first = optimizer.pieces_of["body.0.weight"][0]
+    for pieces, words in (
+        ([first._replace(numel=5)], r"of body.0.weight the ranks hold 5 elements and it has 12; nothing was saved"),
+        ([first, first._replace(offset=3, numel=9)], r"of body.0.weight element 3 is held by no rank or by several"),
+        ([first._replace(offset=4, numel=8)], r"of body.0.weight element 0 is held by no rank or by several"),
+    ):
+        optimizer.pieces_of["body.0.weight"] = pieces
+        with pytest.raises(RuntimeError, match=words):
+            write(tmp_path, toy, optimizer, 1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_the_newest_are_kept(tmp_path):

@@ -39,14 +39,15 @@ def test_overrides_reach_every_depth(config):
         ("batch_size", "many", "batch_size: .*got 'many'"),
         ("method.prototypes", "0", "method.prototypes: .*greater than or equal to 1.*got 0"),
         ("method.epsilon", "0", "method.epsilon"),
-        ("optim.name", "lars", "optim.name: .*'larc', 'sgd' or 'adamw'"),
+        ("optim.name", "larc", "optim.name: .*'lars', 'sgd' or 'adamw'"),
+        ("optim.variant", "lamb", "optim.variant: .*'larc', 'mocov3', 'simclr', 'byol' or 'paws'"),
         ("precision", "fp8", "precision"),
         ("optim.schedule", "linear", "optim.schedule: .*'cosine' or 'step'"),
         ("optim.schedule", "step", "one of milestones_steps and milestones_epochs.*got schedule=step and no milestones"),
         ("optim.milestones_epochs", "[120, 160]", "schedule=cosine with neither; got schedule=cosine and milestones_epochs=.120.0, 160.0"),
-        ("optim.adapt_thin", "false", "adapt_thin=false is about the trust ratios of name=larc; adamw has none"),
+        ("optim.variant", "mocov3", "variant=mocov3 is one of name=lars; adamw has none"),
         ("steps", "0", "exactly one of steps and epochs"),
-        ("zero_stage", "3", "zero_stage: .*less than or equal to 2.*got 3"),
+        ("zero_stage", "4", "zero_stage: .*less than or equal to 3.*got 4"),
     ],
 )
 def test_mistakes_are_named(config, key, value, words):
@@ -76,11 +77,18 @@ def test_published_schedules_are_accepted(config):
     assert v2.optim.per_epoch and v2.optim.schedule == "cosine"
 
 
-@pytest.mark.parametrize(("name", "by_itself"), [("larc", True), ("sgd", True), ("adamw", False)])
+@pytest.mark.parametrize(("name", "by_itself"), [("sgd", True), ("adamw", False)])
 def test_thin_parameters_decay_as_published_unless_told(config, name, by_itself):
     chosen = apply_overrides(config, {"optim.name": name}).optim
     assert chosen.decays_thin is by_itself
     assert apply_overrides(config, {"optim.name": name, "optim.decay_thin": str(not by_itself)}).optim.decays_thin is not by_itself
+
+
+@pytest.mark.parametrize("told", ["true", "false"])
+def test_what_lars_decays_goes_with_its_variant(config, told):
+    assert apply_overrides(config, {"optim.name": "lars", "zero_stage": "3"}).optim.variant == "larc"
+    with pytest.raises(ValueError, match="decay_thin=.* is for sgd and adamw; what lars decays goes with its variant"):
+        apply_overrides(config, {"optim.name": "lars", "optim.variant": "byol", "optim.decay_thin": told})
 
 
 def test_unknown_recipe_names_the_nearest():

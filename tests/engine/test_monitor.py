@@ -21,7 +21,8 @@ from fuseer.engine.methods.simclr import SimCLRConfig
 from fuseer.engine.methods.swav import SwAVConfig
 from fuseer.engine.models.backbone import build_backbone
 from fuseer.engine.monitor import Monitor
-from fuseer.engine.optim import build_optimizer, layout
+from fuseer.engine.optim import build_optimizer
+from fuseer.engine.partitions import layout
 from fuseer.engine.teacher import Teachers
 from fuseer.engine.train import train
 

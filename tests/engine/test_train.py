@@ -16,7 +16,10 @@ from fuseer.engine.cli import main
 from fuseer.engine.config import apply_overrides
 from fuseer.engine.data.sources import open_source
 from fuseer.engine.evaluate.probe import evaluate_run
+from fuseer.engine.methods.method import Loss
+from fuseer.engine.methods.swav import SwAV
 from fuseer.engine.recipes.recipe import load_recipe
+from fuseer.engine.teacher import Teachers
 from fuseer.engine.train import train
 
 STEPS_PER_EPOCH, TOTAL = 4, 32
@@ -112,13 +115,16 @@ def test_resume_refuses_what_would_not_go_on(whole, images, tmp_path):
         train(moved, out, resume=True)
 
 
-def test_knn_of_the_saved_run_is_that_of_the_live_one(images, tmp_path):
+@pytest.mark.parametrize("stage", ["0", "3"])
+def test_knn_of_the_saved_run_is_that_of_the_live_one(images, tmp_path, monkeypatch, stage):
     """The probe during training sees the network itself, `eval knn` the checkpoint: the same number, beside the initialisation's."""
+    cut_every_parameter(monkeypatch)
     folder = tmp_path / "split"
     for split in ("train", "test"):
         shutil.copytree(images, folder / split)
     out = tmp_path / "run"
-    train(small(folder, **{"steps": "4", "knn.every_steps": "4", "knn.k": "3", "optim.name": "sgd", "optim.lr": "0.05"}), out)
+    optim = {"optim.name": "lars", "optim.lr": "0.5", "zero_stage": stage}
+    train(small(folder, **{"steps": "4", "knn.every_steps": "4", "knn.k": "3", **optim}), out)
     (live,) = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines() if '"knn"' in line]
     found = evaluate_run(out)
     rows = {row["name"]: row["accuracy"] for row in found["rows"]}
@@ -126,6 +132,55 @@ def test_knn_of_the_saved_run_is_that_of_the_live_one(images, tmp_path):
     assert rows["pretrained"] == live["accuracy"] and found["step"] == 4
     assert rows["raw pixels"] > 0.5, "every test image is among the train images"
     assert json.loads((out / "eval" / "knn.json").read_text()) == found
+
+
+def cut_every_parameter(monkeypatch) -> None:
+    """Leaves no parameter whole under ZeRO 3, however small."""
+    made = distributed.deepspeed_config
+
+    def cut(config, world_size):
+        tree = made(config, world_size)
+        tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return tree
+
+    monkeypatch.setattr(distributed, "deepspeed_config", cut)
+
+
+def test_a_step_without_finite_gradients_counts_for_nothing(images, tmp_path, monkeypatch):
+    """Neither step, learning rate, teacher nor method moves on; the next batch is taken; and a resumed run takes the same ones."""
+    calls, poisoned, teachers, methods = iter(range(10**6)), {2, 3}, [], []
+    forward, move, follow = SwAV.forward, Teachers.update, SwAV.after_step
+
+    def poison(self, batch):
+        loss = forward(self, batch)
+        return loss._replace(total=loss.total * float("inf")) if next(calls) in poisoned else loss
+
+    monkeypatch.setattr(SwAV, "forward", poison)
+    monkeypatch.setattr(Teachers, "update", lambda self, step: teachers.append(step) or move(self, step))
+    monkeypatch.setattr(SwAV, "after_step", lambda self, step: methods.append(step) or follow(self, step))
+    config = small(images, **{"steps": "6", "zero_stage": "1", "checkpoint_every_steps": "4", "optim.name": "lars", "optim.lr": "0.5"})
+    out, again, clean = tmp_path / "out", tmp_path / "again", tmp_path / "clean"
+    train(config, out)
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record["kind"] == "skipped"] == [2, 2]
+    assert teachers == [1, 2, 3, 4, 5, 6] and methods == [0, *teachers] and sorted(losses(out)) == teachers
+    shutil.copytree(out, again)
+    shutil.rmtree(again / "ckpt" / "step_00000006")
+    (again / "metrics.jsonl").write_text("")
+    train(config, again, resume=True)
+    assert losses(again) == {step: losses(out)[step] for step in (5, 6)}
+    poisoned.clear()
+    train(config, clean)
+    rates = [[json.loads(line).get("lr") for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (out, clean)]
+    assert [rate for rate in rates[0] if rate is not None] == rates[1]
+    assert losses(clean)[2] == losses(out)[2] and losses(clean)[3] != losses(out)[3], "another batch"
+
+
+def test_a_run_that_only_skips_ends(images, tmp_path, monkeypatch):
+    forward = SwAV.forward
+    monkeypatch.setattr(SwAV, "forward", lambda self, batch: Loss(forward(self, batch).total * float("inf"), {}))
+    with pytest.raises(RuntimeError, match="50 steps in a row after step 0 had gradients that are not finite; lower optim.lr"):
+        train(small(images, **{"steps": "6", "zero_stage": "1"}), tmp_path / "out")
 
 
 def arguments(images: Path, out: Path, **more) -> list[str]:
@@ -190,7 +245,7 @@ def test_the_real_launcher_trains_two_ranks(images, tmp_path):
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--module", "fuseer.engine.train"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     environment["PATH"] = str(Path(sys.executable).parent)  # neither compiler nor ninja: DeepSpeed must not want to build anything
-    more = {"optim.name": "sgd", "zero_stage": "2", "model.sync_norm_ranks": "2", "precision": "bf16-autocast", "accumulation_steps": "2"}
+    more = {"optim.name": "lars", "zero_stage": "3", "model.sync_norm_ranks": "2", "precision": "bf16-autocast", "accumulation_steps": "2"}
     done = subprocess.run(
         [*command, *arguments(images, out, **more)[1:]], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
     )

@@ -17,7 +17,8 @@ from fuseer.engine.methods.method import Ground, Method
 from fuseer.engine.methods.moco import MoCoConfig, MoCoV3Config, queue_views, shuffled_order, symmetric_views
 from fuseer.engine.models.backbone import build_backbone
 from fuseer.engine.models.norm import replace_batch_norm
-from fuseer.engine.optim import build_optimizer, layout
+from fuseer.engine.optim import build_optimizer
+from fuseer.engine.partitions import layout
 from fuseer.engine.teacher import Teachers
 from tests.ranks import on_ranks
 

@@ -9,7 +9,8 @@ from torch import nn
 from fuseer.engine.config import OptimConfig
 from fuseer.engine.models.backbone import build_backbone
 from fuseer.engine.models.vit import NAMED, ViT, build_vit, sincos_positions
-from fuseer.engine.optim import build_optimizer, layout
+from fuseer.engine.optim import build_optimizer
+from fuseer.engine.partitions import layout
 
 TINY = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 4}
 
