@@ -40,8 +40,7 @@ def test_every_case_finds_the_backends_that_take_it(op):
             assert run.backends(op, run.given_to(op, case))[-1] == "reference", case.name
 
 
-def test_every_sweep_goes_along_its_letter():
-    """The letter's number is an axis of what each case makes."""
+def test_every_sweep_makes_cases_with_an_axis_of_its_number():
     swept = [cases for op in run.OPS if hasattr(run.published(op), "sweeps") for cases in run.published(op).sweeps().values()]
     assert len(swept) > 4
     for length, case in itertools.chain.from_iterable(cases.items() for cases in swept):

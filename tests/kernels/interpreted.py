@@ -26,15 +26,6 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 FAR = 2**30 + 16
 
 
-@pytest.fixture(params=["resident", "streamed"])
-def path(request, monkeypatch):
-    """Which path the host code chooses, on blocks so small that tiny shapes fill several, and one that no shape fills."""
-    if request.param == "streamed":
-        monkeypatch.setattr(_potentials, "RESIDENT_K", 0)
-    small_blocks(monkeypatch)
-    return request.param
-
-
 def small_blocks(monkeypatch, multiprocessors=2):
     monkeypatch.setattr(_potentials, "TILE", 64)
     monkeypatch.setattr(_potentials, "SEGMENT", 32)
@@ -44,13 +35,6 @@ def small_blocks(monkeypatch, multiprocessors=2):
     monkeypatch.setattr(swapped_prediction, "BLOCK_B", 2)
     monkeypatch.setattr(_tl, "BLOCKS_A_SPLIT", 2)
     monkeypatch.setattr(_tl, "target", lambda device: _tl.Target((0, 0), multiprocessors))
-
-
-@pytest.fixture(params=["whole rows", "split rows"])
-def split(request, monkeypatch):
-    """Whether one program sweeps a row of the losses, or several do and another kernel merges."""
-    small_blocks(monkeypatch, multiprocessors=1 if request.param == "whole rows" else 100)
-    return request.param == "split rows"
 
 
 def uniform(*shape, dtype=torch.float32, seed=0):

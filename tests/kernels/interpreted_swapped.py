@@ -8,27 +8,11 @@ import itertools
 import pytest
 import torch
 from grid import inside, misaligned
-from interpreted import FAR, FIRST, RESIDENT, STREAMED, far, measured, nbytes, right, small_blocks, uniform, written_once
+from interpreted import FAR, FIRST, RESIDENT, STREAMED, far, measured, nbytes, right, uniform, written_once
 
 from fuseer.kernels import _potentials, _tl
 from fuseer.kernels.swapped_prediction import _triton as swapped_prediction
 from fuseer.kernels.swapped_prediction.op import RAW, RAW_BACKWARD
-
-
-@pytest.fixture(params=["resident", "streamed"])
-def path(request, monkeypatch):
-    """Which path the host code chooses, on blocks so small that tiny shapes fill several, and one that no shape fills."""
-    if request.param == "streamed":
-        monkeypatch.setattr(_potentials, "RESIDENT_K", 0)
-    small_blocks(monkeypatch)
-    return request.param
-
-
-@pytest.fixture(params=["whole rows", "split rows"])
-def split(request, monkeypatch):
-    """Whether one program sweeps a row of the losses, or several do and another kernel merges."""
-    small_blocks(monkeypatch, multiprocessors=1 if request.param == "whole rows" else 100)
-    return request.param == "split rows"
 
 
 def together(x):

@@ -87,6 +87,9 @@ def rank_main(rank, world):
     with recorded(everyone) as calls:
         ema_update_([torch.ones(3)], [torch.zeros(3)], 0.5)
     found["ema"] = calls
+    with pytest.raises(ValueError) as refusal:
+        lars_update_([], [], [], lr=0.1, group=everyone)
+    found["nothing"] = str(refusal.value)
     found["compiled"] = [compiled(rank, world, *run) for run in RUNS]
     return found
 
@@ -165,3 +168,8 @@ def test_ranks_on_different_backends_agree(ranks):
 
 def test_compiles_without_a_graph_break_over_a_group(ranks):
     assert all(all(x["compiled"]) and x["compiled"] for x in ranks)
+
+
+def test_a_rank_without_a_tensor_is_told_to_bring_an_empty_one(ranks):
+    """It would stay away from the all-reduce, and the others would wait for it."""
+    assert all("a tensor on every rank, an empty one at least; got none" in found["nothing"] for found in ranks)
