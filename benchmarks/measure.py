@@ -152,20 +152,23 @@ def copy_program(moved, device):
 
 
 def rates(device):
-    """Billions a second on this machine, best of several: bytes copied, multiply-adds of a matrix product (and of one in bfloat16),
-    exponentials in cache."""
+    """Billions a second on this machine, best of several: bytes copied, multiply-adds of a matrix product (on a GPU in TF32, and of one in
+    bfloat16), on the CPU exponentials in cache."""
     seconds_of = stopwatch(device)
 
     def best(program, repeats=25):
         return min(seconds_of(program) for _ in range(repeats))
 
     found = {"copy_gb_s": round(2**29 / best(copy_program(2**29, device)) / 1e9, 1)}
+    size = 1024 if device == "cpu" else 8192
+    a, c = torch.rand(size, size, device=device), torch.empty(size, size, device=device)
+    allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
+    for name, dtype in (("fma_g_s", torch.float32), ("bf16_fma_g_s", torch.bfloat16)):
+        a, c = a.to(dtype), c.to(dtype)
+        found[name] = round(size**3 / best(functools.partial(torch.mm, a, a, out=c)) / 1e9, 1)
+    torch.backends.cuda.matmul.allow_tf32 = allowed
     if device == "cpu":
-        a, c = torch.rand(1024, 1024), torch.empty(1024, 1024)
         x, y = torch.linspace(-3, 3, 2**17), torch.empty(2**17)
-        for name, dtype in (("fma_g_s", torch.float32), ("bf16_fma_g_s", torch.bfloat16)):
-            a, c = a.to(dtype), c.to(dtype)
-            found[name] = round(2**30 / best(functools.partial(torch.mm, a, a, out=c)) / 1e9, 1)
         found["exp_g_s"] = round(2**17 / best(lambda: torch.exp(x, out=y), 50) / 1e9, 2)
     return found
 

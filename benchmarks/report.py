@@ -1,6 +1,6 @@
 """How do measured results get into README.md and docs?
 
-python -m benchmarks.report [demo=RUN_FOLDER] [demo-long=RUN_FOLDER] [methods=RUN_FOLDER …]
+python -m benchmarks.report [demo=RUN_FOLDER] [demo-long=RUN_FOLDER] [methods=RUN_FOLDER …] [finetune=RUN_FOLDER]
 
 A run folder named here is first condensed to results/<name>.json, those of methods=… into one. What stands between the markers of
 README.md and docs/benchmarks.md is replaced and never typed by hand; docs/speed.png is drawn from results/sweep.jsonl.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks import measure
 from benchmarks.run import OPS, part
-from benchmarks.runs import DEMOS, condense, condense_methods, demo_table, method_table
+from benchmarks.runs import DEMOS, condense, condense_finetune, condense_methods, demo_table, finetune_table, method_table
 
 ROOT = measure.ROOT
 COLUMNS = ("ours", "eager", "compile", "third party")
@@ -168,6 +168,7 @@ def write(root: Path = ROOT) -> None:
     picture = "\n\n![Time against the number of prototypes and of rows](docs/speed.png)" if (root / "docs" / "speed.png").exists() else ""
     text = fill(readme.read_text(encoding="utf-8"), "demo", demo_table(results))
     text = fill(text, "methods", method_table(results))
+    text = fill(text, "finetune", finetune_table(results))
     readme.write_text(fill(text, "kernels", kernel_table(rows) + picture if rows else ""), encoding="utf-8")
     text = fill(details.read_text(encoding="utf-8"), "programs", all_programs(rows))
     details.write_text(fill(text, "steps", step_table(measure.load(results / "step.jsonl"))), encoding="utf-8")
@@ -177,10 +178,13 @@ def main(words: list[str]) -> None:
     methods = []
     for word in words:
         name, _, run = word.partition("=")
-        if name not in (*DEMOS, "methods") or not run:
-            raise ValueError(f"report: give {' or '.join(f'{name}=RUN_FOLDER' for name in (*DEMOS, 'methods'))}; got {word}")
+        known = (*DEMOS, "finetune", "methods")
+        if name not in known or not run:
+            raise ValueError(f"report: give {' or '.join(f'{name}=RUN_FOLDER' for name in known)}; got {word}")
         if name == "methods":
             methods.append(Path(run))
+        elif name == "finetune":
+            condense_finetune(Path(run), measure.RESULTS)
         else:
             condense(name, Path(run), measure.RESULTS)
     if methods:

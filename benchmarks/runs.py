@@ -47,6 +47,26 @@ def _method(run: Path) -> dict:
     return {"recipe": recipe, "method": method, "seed": config["seed"], "steps": last, "knn": knn, "linear": linear, **_origin(run)}
 
 
+def condense_finetune(run: Path, results: Path) -> None:
+    """results/finetune.json: the network of a run fine-tuned from its initialisation and as pretrained, and where the run came from.
+
+    Raises ValueError where one of the two is missing or the pretrained one is not that of the run's end.
+    """
+    if not (run / "eval" / "finetune.json").is_file():
+        raise ValueError(f"report: {run} has no eval/finetune.json; run fuseer eval finetune run={run}, with scratch=true and without")
+    config, tuned = _read(run / "config.json"), _read(run / "eval" / "finetune.json")
+    names = [row["name"] for row in tuned["rows"]]
+    if names != ["initialisation", "pretrained"]:
+        raise ValueError(f"report: {run} was fine-tuned as {names}; run fuseer eval finetune run={run}, with scratch=true and without")
+    last = max(record["step"] for record in _records(run) if record["kind"] == "train")
+    if tuned["rows"][1]["step"] != last:
+        raise ValueError(f"report: {run} was trained to step {last}, and fine-tuned from step {tuned['rows'][1]['step']}")
+    recipe = config["recipe"]
+    method = load_recipe(recipe).__doc__.partition(",")[0]
+    found = {"recipe": recipe, "method": method, "seed": config["seed"], "steps": last, "finetune": tuned, **_origin(run)}
+    (results / "finetune.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
 def _origin(run: Path) -> dict:
     environment = _read(run / "env.json")
     seconds = max(record["seconds"] for record in _records(run) if record["kind"] == "train")
@@ -97,6 +117,22 @@ def method_table(results: Path) -> str:
         lines.append(f"| {run['method']} (`{run['recipe']}`) | {minutes} | {' | '.join(pretrained)} |")
     remarks = dict.fromkeys(_remark(run) for run in runs)
     return "\n".join([*lines, "", " ".join(remarks)])
+
+
+def finetune_table(results: Path) -> str:
+    """One row from scratch, one pretrained, and the budget that both had."""
+    if not (results / "finetune.json").exists():
+        return ""
+    run = _read(results / "finetune.json")
+    tuned, starts = run["finetune"], {"initialisation": "from scratch", "pretrained": f"after {run['method']} (`{run['recipe']}`)"}
+    lines = ["| all weights trained with labels | top-1 | top-5 | layer decay |", "|---|---|---|---|"]
+    for row in tuned["rows"]:
+        top5 = f"{row['top5']:.2%}" if "top5" in row else "–"
+        lines.append(f"| {starts[row['name']]} | {row['accuracy']:.2%} | {top5} | {row['layer_decay']:g} |")
+    images = f"{tuned['train_images']:,} labelled images to train on, {tuned['test_images']:,} to test on"
+    pretraining = f"{run['steps']:,} steps of pretraining on the same images without labels, {run['training_seconds'] / 60:.1f} minutes"
+    seed = f"seed {tuned['budget']['seed']}; {_machine(run)}, torch {run['packages']['torch']}"
+    return "\n".join([*lines, "", f"{images}; {tuned['words']}; {pretraining}; {seed}."])
 
 
 def _share(tested: dict, name: str) -> str:

@@ -123,7 +123,7 @@ class Call:
         """Whether the rows of every matrix start at multiples of 16 bytes, so that 128-bit loads are possible at all."""
         if self.op in UPDATED:
             return True
-        matrices = [x for x in tensors(self.arguments) if x.dim() > 1]
+        matrices = [x for x in tensors(self.arguments) if x.dim() > 1 and x.is_floating_point()]
         return all(x.shape[-1] * x.itemsize % 16 == 0 for x in matrices)
 
 
@@ -159,8 +159,8 @@ def _module(op, name):
 
 
 def differentiated(function, op, arguments):
-    """The output of one call; then, where the op is differentiable, the gradient of each differentiable argument."""
-    names = _module(op, "cases").DIFFERENTIABLE
+    """The output of one call; then, where the op is differentiable, the gradient of each differentiable argument that is there."""
+    names = [name for name in _module(op, "cases").DIFFERENTIABLE if arguments[name] is not None]
     leaves = tree_map_only(torch.Tensor, lambda x: x.detach().requires_grad_(), {name: arguments[name] for name in names})
     out = function(**arguments | leaves)
     yield out

@@ -7,6 +7,8 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -64,6 +66,15 @@ at::Tensor rows_in_one_piece(const at::Tensor& x) {
   return x.size(-1) > 1 && x.stride(-1) != 1 ? x.contiguous() : x;
 }
 
+void check_ids(const char* op, const char* name, const at::Tensor& ids, int64_t bound) {
+  if (ids.numel() == 0) {
+    return;
+  }
+  const int64_t* first = ids.const_data_ptr<int64_t>();
+  const auto [low, high] = std::minmax_element(first, first + ids.numel());
+  TORCH_CHECK_VALUE(*low >= 0 && *high < bound, op, ": ", name, " must be in 0..", bound - 1, "; got ", *low, "..", *high);
+}
+
 }  // namespace fuseer
 
 TORCH_LIBRARY_IMPL(fuseer, CPU, m) {
@@ -78,6 +89,24 @@ TORCH_LIBRARY_IMPL(fuseer, CPU, m) {
   m.impl("swapped_prediction_backward.cpu", fuseer::swapped_prediction_backward_cpu);
   m.impl("soft_xent.cpu", fuseer::soft_xent_cpu);
   m.impl("soft_xent_backward.cpu", fuseer::soft_xent_backward_cpu);
+  m.impl("masked_patch_mse.cpu", [](const at::Tensor& pred, const at::Tensor& images, const at::Tensor& ids_masked, int64_t patch,
+                                    bool normalize, std::string reduction) {
+    return fuseer::masked_patch_mse_cpu(pred, images, ids_masked, patch, normalize, reduction);
+  });
+  m.impl("masked_patch_mse_backward.cpu",
+         [](const at::Tensor& dloss, const at::Tensor& pred, const at::Tensor& images, const at::Tensor& ids_masked,
+            const at::Tensor& statistics, int64_t patch, bool normalize, std::string reduction) {
+           return fuseer::masked_patch_mse_backward_cpu(dloss, pred, images, ids_masked, statistics, patch, normalize, reduction);
+         });
+  m.impl("gather_patches.cpu", fuseer::gather_patches_cpu);
+  m.impl("gather_patches_backward.cpu", fuseer::gather_patches_backward_cpu);
+  m.impl("patch_embed_visible.cpu", fuseer::patch_embed_visible_cpu);
+  m.impl("patch_embed_visible_backward.cpu", fuseer::patch_embed_visible_backward_cpu);
+  m.impl("patch_mask.cpu", fuseer::patch_mask_cpu);
+  m.impl("gather_tokens.cpu", fuseer::gather_tokens_cpu);
+  m.impl("gather_tokens_backward.cpu", fuseer::gather_tokens_backward_cpu);
+  m.impl("unshuffle_tokens.cpu", fuseer::unshuffle_tokens_cpu);
+  m.impl("unshuffle_tokens_backward.cpu", fuseer::unshuffle_tokens_backward_cpu);
   m.impl("nt_xent_statistics", fuseer::nt_xent_statistics_cpu);
   m.impl("nt_xent_gradient", fuseer::nt_xent_gradient_cpu);
   m.impl("nt_xent_alone", fuseer::nt_xent_alone_cpu);

@@ -24,6 +24,9 @@ ScoreType score_type(const at::Tensor& scores, const char* op);
 // `x` with the numbers of a row side by side.
 at::Tensor rows_in_one_piece(const at::Tensor& x);
 
+// Refuses an id outside 0..bound-1; the ids are int64 and dense.
+void check_ids(const char* op, const char* name, const at::Tensor& ids, int64_t bound);
+
 at::Tensor sinkhorn_cpu(const at::Tensor& scores, double epsilon, int64_t iterations, const std::string& group_name);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> swapped_prediction_cpu(at::TensorList scores, at::TensorList queue_scores,
@@ -39,6 +42,36 @@ std::tuple<at::Tensor, at::Tensor> soft_xent_cpu(const at::Tensor& logits, const
 at::Tensor soft_xent_backward_cpu(const at::Tensor& dloss, const at::Tensor& logits, const at::Tensor& target, const at::Tensor& statistics,
                                   double temperature, const std::optional<at::Tensor>& weights, const std::optional<at::Tensor>& target_center,
                                   std::optional<double> target_temperature);
+
+std::tuple<at::Tensor, at::Tensor> masked_patch_mse_cpu(const at::Tensor& pred, const at::Tensor& images, const at::Tensor& ids_masked,
+                                                        int64_t patch, bool normalize, const std::string& reduction);
+at::Tensor masked_patch_mse_backward_cpu(const at::Tensor& dloss, const at::Tensor& pred, const at::Tensor& images,
+                                         const at::Tensor& ids_masked, const at::Tensor& statistics, int64_t patch, bool normalize,
+                                         const std::string& reduction);
+
+at::Tensor gather_patches_cpu(const at::Tensor& images, const at::Tensor& ids, int64_t patch);
+at::Tensor gather_patches_backward_cpu(const at::Tensor& dout, const at::Tensor& images, const at::Tensor& ids, int64_t patch);
+
+at::Tensor patch_embed_visible_cpu(const at::Tensor& images, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                                   const at::Tensor& ids_keep, const std::optional<at::Tensor>& pos_embed,
+                                   const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& std);
+// The gradients of weight, bias and pos_embed; without numbers where there is no bias or pos_embed.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> patch_embed_visible_backward_cpu(
+    const at::Tensor& dout, const at::Tensor& images, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    const at::Tensor& ids_keep, const std::optional<at::Tensor>& pos_embed, const std::optional<at::Tensor>& mean,
+    const std::optional<at::Tensor>& std);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> patch_mask_cpu(const at::Tensor& noise, int64_t keep);
+
+at::Tensor gather_tokens_cpu(const at::Tensor& x, const at::Tensor& ids);
+at::Tensor gather_tokens_backward_cpu(const at::Tensor& dout, const at::Tensor& ids, int64_t patches);
+
+at::Tensor unshuffle_tokens_cpu(const at::Tensor& x, const at::Tensor& ids_restore, const at::Tensor& mask_token,
+                                const std::optional<at::Tensor>& pos_embed);
+// (dx, dmask_token, dpos_embed), the last without numbers where it has no dtype
+std::tuple<at::Tensor, at::Tensor, at::Tensor> unshuffle_tokens_backward_cpu(const at::Tensor& dout, const at::Tensor& ids_restore,
+                                                                             int64_t keep, at::ScalarType mask_token_dtype,
+                                                                             std::optional<at::ScalarType> pos_embed_dtype);
 
 // (the sum of the losses of own rows, their statistics [count, 3]: top and sum, which ranks exchange, and the share of all but the positive)
 std::tuple<double, at::Tensor> nt_xent_statistics_cpu(const at::Tensor& rows, int64_t begin, int64_t count, double temperature, bool normalize);

@@ -125,6 +125,16 @@ def load(place: Path, *, method: nn.Module, optimizer, ranks: Ranks, teachers=No
     return meta
 
 
+def save_weights(folder: Path, state: dict[str, torch.Tensor], facts: dict) -> Path:
+    """Writes checkpoint 0 below `folder` of weights alone, which were not trained here: for `load_weights`, not for `load`."""
+    place = folder / f"step_{0:08d}"
+    place.mkdir(parents=True)
+    tensor_file.write(place / MODEL, [Entry(name, value.dtype, tuple(value.shape)) for name, value in state.items()], iter(state.values()))
+    file = {"bytes": (place / MODEL).stat().st_size, "sha256": _sha256(place / MODEL)}
+    _write(place / "meta.json", _json({"format": FORMAT, "step": 0, "files": {MODEL: file}, **facts}))
+    return place
+
+
 def load_weights(place: Path, module: nn.Module, prefix: str) -> None:
     """Loads the part of a checkpoint's model whose names begin with `prefix`, strictly, into `module`; no ranks needed."""
     read_meta(place)

@@ -17,6 +17,12 @@ fuseer: self-supervised pretraining of vision models
   fuseer eval knn run=FOLDER                      weighted kNN of a run's backbone, beside its initialisation and raw pixels
   fuseer eval linear run=FOLDER [protocol=NAME] [epochs=N] [batch_size=N] [lr=X]
                                                   a linear classifier on the frozen backbone, beside the same two
+  fuseer eval finetune run=FOLDER [scratch=true] [protocol=NAME] [data=FOLDER] [epochs=N] [batch_size=N] [lr=X] …
+                                                  all weights trained with labels, or those of the initialisation, then tested
+  fuseer import mae file=FILE.pth out=FOLDER [data=FOLDER] [heads=N]
+                                                  an official MAE checkpoint becomes a run to evaluate, fine-tune and export
+  fuseer export run=FOLDER out=FILE.safetensors [finetuned=true] [image_size=N]
+                                                  the backbone under timm's keys; tried on timm's model before it is written
   fuseer report run=FOLDER                        write FOLDER/report.html
   fuseer bench [OP|sweep|step|report] [device=cpu|cuda] [repeats=N] [threads=N] [case=NAME]
                                                   time the ops beside what they have to beat (in a checkout only)
@@ -68,6 +74,9 @@ def _dispatch(arguments: list[str]) -> int:
         "pretrain": _pretrain,
         "eval knn": _eval_knn,
         "eval linear": _eval_linear,
+        "eval finetune": _eval_finetune,
+        "import mae": _import_mae,
+        "export": _export,
         "report": _report,
     }
     name = " ".join(words)
@@ -129,6 +138,7 @@ def _pretrain(options: dict[str, str]) -> int:
             say(f"config\n{resolved(config).to_json()}\n")
         train(config, out, resume=resume)
         if first:
+            _draw(out)
             say(f"report {write_report(out)}")
     finally:
         distributed.stop()
@@ -176,6 +186,19 @@ def _eval_linear(options: dict[str, str]) -> int:
     return 0
 
 
+def _eval_finetune(options: dict[str, str]) -> int:
+    settings = ("protocol", "epochs", "batch_size", "micro_batch", "lr", "layer_decay", "drop_path")
+    keys = {**{key: f"finetune.{key}" for key in settings}, "image_size": "knn.image_size", "data": "data.path", "seed": "seed"}
+    scratch = _truth(options, "scratch")
+    run, config = _evaluated("eval finetune", {key: value for key, value in options.items() if key != "scratch"}, keys)
+    from fuseer.engine.evaluate.finetune import evaluate_finetune
+
+    result = evaluate_finetune(run, config, scratch=scratch)
+    images = f"{result['train_images']} train, {result['test_images']} test images of {result['image_size']} px"
+    _tell(f"fine-tuned ({result['protocol']}, {result['epochs']} epochs), {images}", result["rows"], run)
+    return 0
+
+
 def _evaluated(command: str, options: dict[str, str], keys: dict[str, str]):
     """The run folder and its saved settings, with the options that stand in `keys` instead of theirs."""
     _only(options, command, ("run", *keys), needed=("run",))
@@ -195,16 +218,63 @@ def _tell(title: str, rows: list[dict], run: Path) -> None:
         print(f"  {row['name']:<36} {row['accuracy']:7.2%}" + (f"   top-5 {row['top5']:7.2%}" if "top5" in row else ""))
     starts = [row["accuracy"] for row in rows if row["name"].startswith("initialisation")]
     better = "better " if len(starts) > 1 else ""
-    print(f"  {f'gain over the {better}initialisation':<36} {100 * (rows[-1]['accuracy'] - max(starts)):+6.2f} points")
+    if starts and rows[-1]["name"] == "pretrained":
+        print(f"  {f'gain over the {better}initialisation':<36} {100 * (rows[-1]['accuracy'] - max(starts)):+6.2f} points")
     write_report(run)
+
+
+def _import_mae(options: dict[str, str]) -> int:
+    _only(options, "import mae", ("file", "out", "data", "heads"), needed=("file", "out"))
+    from fuseer.engine.imports import import_mae
+
+    file, out, heads = Path(options["file"]).resolve(), Path(options["out"]).resolve(), _count(options, "heads")
+    found = import_mae(file, out, data=options.get("data"), heads=heads)
+    classifier = f", classifier of {found['classes']} classes" if found["classes"] else ""
+    print(f"{found['kind']}: {found['model']}{classifier}\nfeatures differ from timm's by {found['difference']:.1e} of the largest")
+    print(f"run {out}")
+    return 0
+
+
+def _export(options: dict[str, str]) -> int:
+    _only(options, "export", ("run", "out", "finetuned", "image_size"), needed=("run", "out"))
+    from fuseer.engine.export import export
+
+    size, out = _count(options, "image_size"), Path(options["out"]).resolve()
+    found = export(Path(options["run"]).resolve(), out, finetuned=_truth(options, "finetuned"), image_size=size)
+    print(f"{out}: {found['keys']} tensors under timm's keys")
+    if found["difference"] is None:
+        print("timm has no model of this shape; engine/models/regnet.py from_timm takes the keys back")
+    else:
+        print(f"{found['model']}.load_state_dict(…, strict=True)\noutputs differ by {found['difference']:.1e} of the largest")
+    return 0
+
+
+def _count(options: dict[str, str], key: str) -> int:
+    value = options.get(key, "0")
+    if not value.isdecimal():
+        raise ValueError(f"{key} must be a whole number; got {value}")
+    return int(value)
 
 
 def _report(options: dict[str, str]) -> int:
     _only(options, "report", ("run",), needed=("run",))
     from fuseer.engine.report import write_report
 
-    print(write_report(Path(options["run"]).resolve()))
+    run = Path(options["run"]).resolve()
+    if (run / "ckpt").is_dir():
+        _draw(run)
+    print(write_report(run))
     return 0
+
+
+def _draw(run: Path) -> None:
+    """The pictures of the run's ViT, where it has one; a report does without them."""
+    from fuseer.engine.evaluate.pictures import draw_pictures
+
+    try:
+        draw_pictures(run)
+    except (ValueError, OSError) as error:
+        print(f"pictures      none: {error}")
 
 
 def _bench(arguments: list[str]) -> int:

@@ -111,6 +111,18 @@ class LinearConfig(Config):
     lr: float | None = Field(None, gt=0, description="at a batch of 256; it grows with batch_size as the protocol's does")
 
 
+class FinetuneConfig(Config):
+    """The training of all weights with labels that `fuseer eval finetune` does, where the data has labels."""
+
+    protocol: str = Field("mae_vit_b", description="one of evaluate/finetune.py's table; tiny for small images")
+    epochs: int | None = Field(None, ge=1, description="none given: the protocol's, as for all below")
+    batch_size: int | None = Field(None, ge=1)
+    micro_batch: int | None = Field(None, ge=1, description="images of one forward pass, mixed with each other")
+    lr: float | None = Field(None, gt=0, description="at a batch of 256; it grows with batch_size")
+    layer_decay: float | None = Field(None, gt=0, le=1, description="lr of a layer over that of the layer above")
+    drop_path: float | None = Field(None, ge=0, lt=1, description="ViTs and timm's models that have it")
+
+
 class TrainConfig(Config):
     """Everything a pretraining run is made of. Its JSON is saved beside the run and prints back to the same object."""
 
@@ -121,6 +133,7 @@ class TrainConfig(Config):
     data: DataConfig = DataConfig()
     knn: KnnConfig = KnnConfig()
     linear: LinearConfig = LinearConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     seed: int = Field(0, ge=0, lt=2**31)
     batch_size: int = Field(gt=0, description="images per optimizer step over all ranks and accumulation steps")
     steps: int = Field(0, ge=0, description="optimizer steps; give either steps or epochs")

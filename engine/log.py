@@ -121,3 +121,32 @@ class RunLog:
     def _write(self, record: dict) -> None:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+
+
+class EpochBar:
+    """A bar over the steps of an evaluation in a terminal, else one line per epoch."""
+
+    def __init__(self, title: str, epochs: int, steps: int):
+        self._epochs = epochs
+        self._bar = Progress(*Progress.get_default_columns(), TextColumn("{task.fields[state]}"), console=console)
+        self._task = self._bar.add_task(title, total=steps, state="")
+
+    def __enter__(self) -> "EpochBar":
+        if console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def counted(self, batches: Iterator) -> Iterator:
+        for batch in batches:
+            self._bar.advance(self._task)
+            yield batch
+
+    def epoch(self, epoch: int, found: dict[str, tuple[float, float]]) -> None:
+        """Says (loss, accuracy) by name at the end of an epoch, 1 first."""
+        told = [f"{name.partition(',')[0]} {correct:.1%}, loss {loss:.4g}" for name, (loss, correct) in found.items()]
+        self._bar.update(self._task, state=told[-1])
+        if not console.is_terminal:
+            say(f"epoch {epoch}/{self._epochs}  {'  '.join(told)}")

@@ -20,9 +20,19 @@ class Tags:
     its rows (first dimension) are divided by their length, taken in float64, or by 1e-12 where that is less. Under ZeRO the fp32
     partition is what is normalised, and rows that straddle ranks cost one all-reduce of as many numbers as there are rows.
     Groups are {name, names, params, tagged}: `names` those of the parameters, also once ZeRO has put flat tensors in their place.
+
+    A step changes nothing, neither weights nor state, while `skip` (None, or a scalar tensor on the device) is not 0; and without ZeRO,
+    where DeepSpeed does not look, when a gradient is not finite or its norm is none in fp32. LARS reads the flag on the device,
+    SGD and AdamW on the host.
     """
 
     skip: torch.Tensor | None = None
+    _thrown: torch.Tensor | None = None
+
+    @property
+    def overflow(self) -> bool:
+        """Did the last step change nothing? DeepSpeed asks at stage 0 and the loop at all of them; waits for the device."""
+        return self._thrown is not None and bool(self._thrown)
 
     def bind(self, pieces: list[Piece], group: dist.ProcessGroup | None, partitioned: bool) -> None:
         """Learns the layout once DeepSpeed has made it, and creates all state now, so that none is missing from a checkpoint."""
@@ -39,18 +49,30 @@ class Tags:
 
     @torch.no_grad()
     def step(self, closure=None):
+        loss = closure and torch.enable_grad()(closure)()
         visible = self.param_groups
         # ZeRO 3 shows one sub-group a call, and the other groups empty
         self.param_groups = [group for group in visible if group["params"] and not getattr(group["tagged"], "frozen", False)]
-        loss = self._update(closure)
+        self._thrown = self._flag()
+        self._update()
         for group in self.param_groups:
             if getattr(group["tagged"], "unit_rows", False):
                 self._normalise_rows(*group["names"], group["tagged"])
         self.param_groups = visible
         return loss
 
-    def _update(self, closure):
-        return super().step(closure)
+    def _flag(self) -> torch.Tensor | None:
+        """Whether this step is thrown away, as a scalar on the device; None where nobody would."""
+        flag = None if self.skip is None else (self.skip != 0).squeeze()
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.partitioned or not grads:
+            return flag
+        infinite = torch.stack(torch._foreach_norm(grads)).isfinite().logical_not_().any()
+        return infinite if flag is None else infinite.logical_or_(flag)
+
+    def _update(self) -> None:
+        if not self.overflow:
+            super().step()
 
     def _normalise_rows(self, name: str, parameter: nn.Parameter) -> None:
         rows, width = shape_of(parameter)[0], shape_of(parameter)[1:].numel()
@@ -64,8 +86,8 @@ class Tags:
         if self.partitioned:
             dist.all_reduce(norms, group=self._group)
         norms = norms.sqrt_().clamp_min_(1e-12)
-        if self.skip is not None:
-            norms = torch.where(self.skip != 0, 1.0, norms)
+        if self._thrown is not None:
+            norms = torch.where(self._thrown, 1.0, norms)
         for piece, here, lead in places:
             lengths = norms[here, None].expand(-1, width).flatten().narrow(0, lead, piece.numel)
             piece.of(piece.holder).div_(lengths.to(piece.holder.dtype))
@@ -132,7 +154,7 @@ class LARS(Tags, torch.optim.Optimizer):
     keeps it: each call of step() costs one all-reduce of 3 float64 a layer of the groups it was shown, and none where these are not
     adapted. A parameter without gradient is left alone, but DeepSpeed gives what no forward used gradient 0: mocov3, simclr and byol then
     still shrink it, by lr · trust of its length.
-    `skip`: None, or a scalar tensor on the device; while it is not 0 step() changes nothing. Momenta have the dtype of the weights.
+    Momenta have the dtype of the weights.
     Raises ValueError for an unknown variant. Sources: NVIDIA apex LARC; moco-v3 optimizer.py; simclr lars_optimizer.py; byol
     optimizers.py; suncet lars.py.
     """
@@ -157,14 +179,12 @@ class LARS(Tags, torch.optim.Optimizer):
             rows.setdefault(piece.holder, []).append((0, piece.start, piece.numel, layer_of[piece.name]))
         self._segments = {flat: torch.tensor(table, dtype=torch.int64) for flat, table in rows.items()}
 
-    def _update(self, closure):
-        loss = closure and torch.enable_grad()(closure)()
+    def _update(self) -> None:
         for group in self.param_groups:
             live = [tensor for tensor in group["params"] if tensor.grad is not None]
             # ZeRO hands over one flat tensor a group, whose layers are spread over ranks: no rank may stay away
             for tensors in [[flat] for flat in live] if self.partitioned else [live]:
                 self._update_layers(tensors, group)
-        return loss
 
     def _update_layers(self, tensors: list[torch.Tensor], group: dict) -> None:
         segments, layers = None, len(tensors)
@@ -183,7 +203,7 @@ class LARS(Tags, torch.optim.Optimizer):
             denominator=self.variant.denominator,
             adapt=[group["adapt"]] * layers,
             lr_in_momentum=self.variant.lr_in_momentum,
-            skip=self.skip,
+            skip=self._thrown,
             segments=segments,
             group=self._group if self.partitioned and group["adapt"] else None,
         )

@@ -19,6 +19,9 @@ NO_CHART_OF_ITS_OWN = {"kind", "step", "epoch", "loss", "lr", "images_per_second
     "prototype_entropy", "prototypes_used", "prototype_usage"
 }
 IMAGES = {"train_images": "{:,} training images", "test_images": "{:,} test images"}
+SHEET = {"file": "crops.png", "title": "What the network sees", "words": ""} | {
+    "seen": "One row per image, one column per view, as augmented for training"
+}
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
@@ -31,7 +34,8 @@ class Run:
     env: dict[str, Any]
     knn: dict[str, Any]
     linear: dict[str, Any]
-    sheet: bytes
+    finetuned: dict[str, Any]
+    pictures: list[dict[str, str]]
     records: dict[str, list[dict[str, Any]]]
     unreadable: list[str]
 
@@ -71,10 +75,10 @@ class Run:
 def write_report(run_folder: str | Path) -> Path:
     """Write `report.html` into `run_folder` from what the run has left there so far, and return its path.
 
-    Reads config.json and metrics.jsonl (both needed), env.json, eval/knn.json, eval/linear.json and crops.png (each optional). The run may
-    be going on or have been killed: unreadable lines and files are skipped and named on the page; after a resume, records of later steps
-    that were written before it are dropped. The page is one file without links to anything outside it, replaced in one move. Call it on
-    one rank.
+    Reads config.json and metrics.jsonl (both needed), env.json, eval/{knn,linear,finetune,pictures}.json, crops.png and the pictures that
+    eval/pictures.json names (each optional). The run may be going on or have been killed: unreadable lines and files are skipped and named
+    on the page; after a resume, records of later steps that were written before it are dropped. The page is one file without links to
+    anything outside it, replaced in one move. Call it on one rank.
     Raises ValueError where config.json or metrics.jsonl is missing, or config.json cannot be read.
     """
     run = read_run(Path(run_folder))
@@ -84,8 +88,8 @@ def write_report(run_folder: str | Path) -> Path:
         title=run.config.get("recipe", run.folder.name), subtitle=_subtitle(run), troubles=troubles(run),
         numbers=key_numbers(run),
         charts=charts(run), resumed=[record["step"] for record in run.records["resume"]],
-        tables=[table for table in (_knn_table(run), _linear_table(run)) if table["rows"]],
-        sheet=f"data:image/png;base64,{base64.b64encode(run.sheet).decode()}" if run.sheet else "",
+        tables=[table for table in _tables(run) if table["rows"]],
+        pictures=run.pictures,
         broken=_broken(run),
         config=list(_flat(run.config)), env=list(_flat(run.env)),
         unreadable=run.unreadable,
@@ -108,12 +112,20 @@ def read_run(folder: Path) -> Run:
     if unreadable:
         raise ValueError(f"report: {folder / 'config.json'} is not a JSON object; it is cut off or was edited: restore it from the recipe")
     records = _records(folder / "metrics.jsonl", unreadable)
-    env, knn, linear = (_json(folder, name, unreadable) for name in ("env.json", "eval/knn.json", "eval/linear.json"))
-    sheet = (folder / "crops.png").read_bytes() if (folder / "crops.png").is_file() else b""
-    if sheet and not (sheet.startswith(PNG_START) and sheet.endswith(PNG_END)):
-        unreadable.append("crops.png is cut off")
-        sheet = b""
-    return Run(folder, config, env, knn, linear, sheet, records, unreadable)
+    told = [_json(folder, name, unreadable) for name in ("env.json", "eval/knn.json", "eval/linear.json", "eval/finetune.json")]
+    return Run(folder, config, *told, _pictures(folder, unreadable), records, unreadable)
+
+
+def _pictures(folder: Path, unreadable: list[str]) -> list[dict[str, str]]:
+    """Heading, alternative text, words and address of every picture there is: the crop sheet, and those that pictures.json names."""
+    found = []
+    for told in (SHEET, *_json(folder, "eval/pictures.json", unreadable).get("pictures", [])):
+        data = (folder / told["file"]).read_bytes() if (folder / told["file"]).is_file() else b""
+        if data.startswith(PNG_START) and data.endswith(PNG_END):
+            found.append({**told, "address": f"data:image/png;base64,{base64.b64encode(data).decode()}"})
+        elif data:
+            unreadable.append(f"{told['file']} is cut off")
+    return found
 
 
 def _json(folder: Path, name: str, unreadable: list[str]) -> dict[str, Any]:
@@ -255,8 +267,9 @@ def key_numbers(run: Run) -> list[tuple[str, str, str]]:
         ("Time", *_elapsed(run)),
         ("kNN", *_last_knn(run)),
     ]
-    if "pretrained" in _rows(run.linear):
-        numbers.append(("Linear classifier", f"{_rows(run.linear)['pretrained']:.1%}", _gain_in_words(run.linear)))
+    for name, tested in (("Linear classifier", run.linear), ("Fine-tuned", run.finetuned)):
+        if "pretrained" in _rows(tested):
+            numbers.append((name, f"{_rows(tested)['pretrained']:.1%}", _gain_in_words(tested)))
     if used:
         numbers.append(("Prototypes used", f"{used[-1]:,.0f}", f"of {run.prototypes:,}" if run.prototypes else ""))
     broken = len(_broken(run))
@@ -308,13 +321,21 @@ def _knn_table(run: Run) -> dict[str, Any]:
     return {"title": "Nearest neighbours", "rows": rows, "caption": f"Weighted kNN: {caption}" if caption else ""}
 
 
-def _linear_table(run: Run) -> dict[str, Any]:
-    """The same of eval/linear.json; the remark is the top-5 accuracy where there is one."""
-    images = ", ".join(text.format(run.linear[key]) for key, text in IMAGES.items() if isinstance(run.linear.get(key), int))
-    caption = "; ".join(text for text in (run.linear.get("words"), images) if text)
-    top5 = {str(row["name"]): f"top-5 {row['top5']:.1%}" for row in run.linear.get("rows", []) if math.isfinite(_number(row, "top5"))}
-    rows = [(name, 100 * accuracy, top5.get(name, "")) for name, accuracy in _rows(run.linear).items()]
-    return {"title": "Linear classifier", "rows": rows, "caption": f"On frozen features: {caption}" if caption else ""}
+def _classifier_table(tested: dict[str, Any], title: str, how: str) -> dict[str, Any]:
+    """The same of eval/linear.json or eval/finetune.json; the remark is the top-5 accuracy where there is one."""
+    images = ", ".join(text.format(tested[key]) for key, text in IMAGES.items() if isinstance(tested.get(key), int))
+    caption = "; ".join(text for text in (tested.get("words"), images) if text)
+    top5 = {str(row["name"]): f"top-5 {row['top5']:.1%}" for row in tested.get("rows", []) if math.isfinite(_number(row, "top5"))}
+    rows = [(name, 100 * accuracy, top5.get(name, "")) for name, accuracy in _rows(tested).items()]
+    return {"title": title, "rows": rows, "caption": f"{how}: {caption}" if caption else ""}
+
+
+def _tables(run: Run) -> list[dict[str, Any]]:
+    return [
+        _knn_table(run),
+        _classifier_table(run.linear, "Linear classifier", "On frozen features"),
+        _classifier_table(run.finetuned, "Fine-tuned", "All weights trained with the labels"),
+    ]
 
 
 def _broken(run: Run) -> dict[str, str]:

@@ -32,12 +32,14 @@ from fuseer.engine.methods.method import Ground, Method
 from fuseer.engine.models.backbone import initial_backbone
 from fuseer.engine.monitor import Monitor
 from fuseer.engine.optim import build_optimizer
-from fuseer.engine.partitions import gathered, layout, shape_of
+from fuseer.engine.partitions import forget_gradients, gathered, layout, shape_of
 from fuseer.engine.schedule import warmup_cosine, warmup_milestones
 from fuseer.engine.teacher import Teachers
 
 # What may differ when a run goes on. The learning rate follows a new length; nothing else here changes what a step computes.
-FREE_ON_RESUME = {"steps", "epochs", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "knn", "linear", "zero_stage"}
+FREE_ON_RESUME = {"steps", "epochs", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "zero_stage"} | {
+    "knn", "linear", "finetune"
+}
 FREE_DATA = {"path", "threads", "prefetch_batches", "max_broken_share"}
 PACKAGES = ("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "torchvision", "timm", "numpy", "safetensors")
 # a loss scale that starts at 2^16 has come down to 1 after 17 skipped steps: who skips more in a row does not recover
@@ -154,6 +156,7 @@ def _loop(run: Run, out: Path, log: RunLog, first: int) -> None:
     while done < run.total_steps:
         lr = _set_lr(run, done)
         loss = torch.zeros((), device=ranks.device)
+        forget_gradients(run.engine.optimizer)
         for _ in range(config.accumulation_steps):
             asked = time.perf_counter()
             batch = next(batches)
@@ -164,7 +167,7 @@ def _loop(run: Run, out: Path, log: RunLog, first: int) -> None:
             run.engine.backward(total)
             run.engine.step()
             loss += total.detach() / config.accumulation_steps
-        if not run.engine.was_step_applied():
+        if run.optimizer.overflow or not run.engine.was_step_applied():
             in_a_row = _skip(run, log, done, in_a_row)
             continue
         done, in_a_row = done + 1, 0
@@ -296,6 +299,8 @@ def _take_back(run: Run, out: Path) -> int:
     place = checkpoint.latest(out / "ckpt")
     meta = checkpoint.read_meta(place)
     source = run.reader.source
+    if "source" not in meta:
+        raise ValueError(f"resume: {place} holds imported weights and no optimizer state; it can be evaluated, fine-tuned and exported")
     if meta["source"] != source.fingerprint():
         raise ValueError(
             f"resume: the images have changed since {place.name} ({meta['images']} then, {len(source)} now, or other names); "

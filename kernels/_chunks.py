@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from fuseer.kernels import checks
 from fuseer.kernels._tl import tl, triton
 
 # columns of a row: addresses of up to three tensors; then the numbers [start, stop) behind those addresses; program p of the launch
@@ -50,7 +51,8 @@ def flat(*lists, written):
     Copies of the lists whose numbers are `written` are copied back in the end. An empty list stands for an absent one.
     """
     given = [list(tensors) for tensors in lists]
-    strided = [i for i, place in enumerate(zip(*filter(None, lists), strict=True)) if not walkable(place)]
+    dense = all(all(map(torch.Tensor.is_contiguous, tensors)) for tensors in lists)
+    strided = [] if dense else [i for i, place in enumerate(zip(*filter(None, lists), strict=True)) if not walkable(place)]
     for tensors in filter(None, given):
         for i in strided:
             tensors[i] = tensors[i].contiguous()
@@ -108,6 +110,7 @@ def _built(device, numels, addresses, dtypes, segments, adapt, block, most):
         pieces = np.array([(i, 0, numel, i) for i, numel in enumerate(numels)], dtype=np.int64).reshape(-1, 4)
     else:
         pieces = np.frombuffer(segments, dtype=np.int64).reshape(-1, 4)
+        checks.segments_inside("lars_update_", pieces.tolist(), numels, len(adapt))
     adapted = np.ones(len(numels), np.int64) if adapt is None else np.array(adapt, dtype=np.int64)
     pieces = pieces[pieces[:, 2] > 0]
     pieces = pieces[np.argsort(pieces[:, 3], kind="stable")]

@@ -65,13 +65,6 @@ class Contrast:
         wide = {"D": self.width, "BLOCK_D": max(16, _tl.power_of_two(self.width))}
         return {"VIEWS": self.views, "NORMALIZE": self.normalize, "FIXED": self.fixed, **wide}
 
-    @property
-    def precision(self):
-        """How tl.dot multiplies float32: as three TF32 products, and float16 made float32, which TF32 holds, as one."""
-        if torch.version.hip:
-            return {"PRECISION": "ieee"}
-        return {"PRECISION": "tf32x3" if self.x.dtype == torch.float32 else "tf32"}
-
 
 def refusal(**tensors):
     """Why these rows cannot be compared here, in words; None where they can."""
@@ -81,19 +74,42 @@ def refusal(**tensors):
     return _tl.refusal(**tensors)
 
 
+def fills(contrast, target):
+    """Whether tiles of 128 rows and 64 columns, in runs worth a program, are enough for all multiprocessors."""
+    return contrast.x.shape[0] * contrast.y.shape[0] >= 128 * 64 * _tl.BLOCKS_A_SPLIT * target.multiprocessors
+
+
+def precision(contrast, target):
+    """How tl.dot multiplies float32: as six products of bfloat16 or three of TF32, and float16 made float32, which TF32 holds, as one.
+
+    Both are as exact as float32; six are the faster on sm_90 where tiles are large, three where they are small.
+    """
+    if torch.version.hip:
+        return {"PRECISION": "ieee"}
+    if contrast.x.dtype != torch.float32:
+        return {"PRECISION": "tf32"}
+    six = target.capability[0] == 9 and contrast.width <= 128 and fills(contrast, target)
+    return {"PRECISION": "bf16x6" if six else "tf32x3"}
+
+
 def tile(contrast, target):
     """Rows and columns of a product and how the kernels go about it: what registers hold, and 99 KiB of shared memory.
 
-    Narrow rows of bfloat16 are kept whole. The three parts of a product of float32 would not leave registers for that: there, and
-    where rows are wide, a product is summed over BLOCK_K at a time, and columns are loaded again, from the cache, to be summed.
+    Narrow rows of bfloat16 are kept whole. The parts of a product of float32 would not leave registers for that: there, and where rows
+    are wide, a product is summed over BLOCK_K at a time, and columns are loaded again, from the cache, to be summed. Small tiles are
+    for those who would not fill the device with large ones. Measured on an H100, docs/gpu.md.
     """
-    wide = contrast.width > 128
+    wide, full = contrast.width > 128, fills(contrast, target)
     if contrast.x.dtype == torch.bfloat16:
         narrow = (128, 64 if target.capability >= (9, 0) else 32, 128, 8)
         block_n, block_m, block_k, warps = (64, 32, 64, 8) if wide else narrow
+    elif wide:
+        block_n, block_m, block_k, warps = (32, 16, 32, 4) if full else (16, 32, 32, 4)
+    elif full and target.capability[0] == 9:
+        # 32 at a time cost 33 spills, and are a quarter faster on an H100 than what has none
+        block_n, block_m, block_k, warps = 128, 64, 32 if contrast.x.dtype == torch.float32 else 16, 8
     else:
-        # larger tiles of wide rows spill on sm_80 and sm_90, and Triton 3.6 makes a trap of them on sm_100
-        block_n, block_m, block_k, warps = (32, 32, 32, 8) if wide else (64, 32, 16, 4)
+        block_n, block_m, block_k, warps = (64, 32, 16, 4) if full else (32, 32, 32, 4)
     block_k = min(block_k, contrast.constants["BLOCK_D"])
     return {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 2}
 
@@ -130,7 +146,7 @@ def sweep(contrast, x_inverse, y_inverse, gradient):
     options = tile(contrast, target)
     if contrast.normalize and y_inverse is None and x.dtype != torch.bfloat16 and target.capability < (9, 0):
         # where tensor cores add up in registers, none are left for the norms
-        options["BLOCK_M"] //= 2
+        options["BLOCK_M"] = max(16, options["BLOCK_M"] // 2)
     rows, columns = x.shape[0] // contrast.views, contrast.y.shape[0]
     programs, blocks = contrast.views * triton.cdiv(rows, options["BLOCK_N"]), triton.cdiv(columns, options["BLOCK_M"])
     splits = _tl.splits(programs, blocks, target)
@@ -139,7 +155,7 @@ def sweep(contrast, x_inverse, y_inverse, gradient):
     tops = None if contrast.fixed else torch.empty_like(sums)
     o = sums.new_empty((*sums.shape, contrast.width)) if gradient else None
     arguments = (x, contrast.y, x_inverse, y_inverse, *contrast.sizes, *contrast.scales, span, tops, sums, o)
-    _tl.launch(_sweep, (programs, splits), *arguments, **contrast.constants, **contrast.precision, **options)
+    _tl.launch(_sweep, (programs, splits), *arguments, **contrast.constants, **precision(contrast, target), **options)
     return tops, sums, o
 
 

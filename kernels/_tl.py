@@ -35,6 +35,8 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 GRID_LIMIT = 65535
 # fewer blocks of columns than this are not worth a program of their own and the launch that merges its result
 BLOCKS_A_SPLIT = 8
+# columns of a token that a program takes at once
+TOKEN_COLUMNS = 1024
 
 
 class Target(NamedTuple):
@@ -69,8 +71,8 @@ def refusal(**tensors):
 def refusal_of_lists(**lists):
     """Why Triton does not take these lists of tensors, all on one device, in words; None where it does."""
     for name, tensors in lists.items():
-        for i, x in enumerate(tensors):
-            reason = refusal(**{f"{name}[{i}]": x}) if i == 0 or x.dtype == torch.float64 else None
+        for i in sorted({0, *(i for i, x in enumerate(tensors) if x.dtype == torch.float64)}) if tensors else ():
+            reason = refusal(**{f"{name}[{i}]": tensors[i]})
             if reason is not None:
                 return reason
     return None
@@ -137,6 +139,23 @@ class Listed(NamedTuple):
         align = math.gcd(16, step * every[0].element_size(), *(x.data_ptr() for x in every))
         rows, columns = (tuple(x.stride(axis) for x in tensors) for axis in (0, 1))
         return cls(tuple(tensors), tuple(row // step for row in rows), columns, step, contiguous, align)
+
+
+def tiles_of_tokens(x, tile):
+    """Kernels' arguments about tokens [B, N, D], strides and D in UNITs, and their constants: blocks of `tile` numbers in all."""
+    D, contiguous = x.shape[2], x.stride(2) == 1
+    step = unit(D, x.stride(0), x.stride(1)) if contiguous else 1
+    block_d = min(TOKEN_COLUMNS, power_of_two(D))
+    constants = {"CONTIGUOUS": contiguous, "UNIT": step, "BLOCK_N": min(16, tile // block_d), "BLOCK_D": block_d, "num_warps": 4}
+    return (x, x.stride(0) // step, x.stride(1) // step, x.stride(2), D // step), constants
+
+
+@triton.jit
+def token_offsets(x_image, x_row, x_column, b, n, d, CONTIGUOUS: tl.constexpr, UNIT: tl.constexpr):
+    """Where columns d of tokens n of images b are, as `tiles_of_tokens` describes them; n, or b too, are many."""
+    columns = d if CONTIGUOUS else d.to(tl.int64) * x_column
+    rows = b.to(tl.int64) * x_image * UNIT + n.to(tl.int64) * x_row * UNIT
+    return rows[:, None] + columns[None, :]
 
 
 @triton.jit

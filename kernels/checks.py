@@ -5,6 +5,8 @@ import sys
 
 import torch
 
+from fuseer.kernels import dispatch
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -78,11 +80,38 @@ def row_indices(op, name, value, of_name, of, into_name, into):
 
 def indices_within(op, name, value, rows):
     """Refuse an index outside 0..rows-1; looks at the values."""
-    if not len(value):
+    if not value.numel():
         return
     low, high = value.min().item(), value.max().item()
     if low < 0 or high >= rows:
         raise ValueError(f"{op}: {name} must be in 0..{rows - 1}; got {low}..{high}")
+
+
+def indices(op, name, value, layout, sizes, of_name, of):
+    """Refuse anything but int64 `layout` = `sizes` on the device of `of`; None among the sizes is any number. Values are not looked at."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.int64:
+        got = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"{op}: {name} must be an int64 tensor {layout}; got {got}")
+    wanted = [n if size is None else size for size, n in zip(sizes, value.shape, strict=False)]
+    if value.dim() != len(sizes) or list(value.shape) != wanted:
+        stated = layout.strip("[]").split(", ")
+        told = ", ".join(letter if size is None else f"{letter} = {size}" for letter, size in zip(stated, sizes, strict=True))
+        raise ValueError(f"{op}: {name} must be [{told}]; got {list(value.shape)}")
+    same_device(op, of_name, of, name, value)
+
+
+def ids(op, name, value, bound):
+    """Refuse an id outside 0..bound-1, in a raw op's body: on the CPU, elsewhere with FUSEER_CHECK_INDICES=1, for it waits there."""
+    if dispatch.indices_are_checked(value.device):
+        indices_within(op, name, value, bound)
+
+
+def permutations(op, name, value):
+    """Refuse rows [B, P] that are no permutations of 0..P-1, where `ids` would look."""
+    if dispatch.indices_are_checked(value.device):
+        indices_within(op, name, value, value.shape[1])
+        if not torch.equal(value.sort(dim=1).values, torch.arange(value.shape[1], device=value.device).expand_as(value)):
+            raise ValueError(f"{op}: {name} must hold each of 0..{value.shape[1] - 1} once in every row; a row repeats one")
 
 
 def within(op, name, value, low, high):
@@ -107,7 +136,14 @@ def same_length(op, **lists):
 
 def alike(op, first_name, first, **others):
     """Refuse anything but lists of tensors of ours dtypes, all on one device, with the shapes of `first` at every place."""
-    for name, tensors in {first_name: first, **others}.items():
+    lists = {first_name: first, **others}
+    if all(isinstance(x, torch.Tensor) for tensors in lists.values() for x in tensors):
+        shapes = [x.shape for x in first]
+        places = {(x.dtype, x.device) for tensors in lists.values() for x in tensors}
+        right = {dtype for dtype, _ in places} <= set(DTYPES) and len({device for _, device in places}) < 2
+        if right and all([x.shape for x in tensors] == shapes for tensors in others.values()):
+            return
+    for name, tensors in lists.items():
         for i, (x, like) in enumerate(zip(tensors, first, strict=True)):
             if not isinstance(x, torch.Tensor):
                 raise TypeError(f"{op}: {name}[{i}] must be a tensor; got {type(x).__name__}")
@@ -123,7 +159,9 @@ def written_lists(op, **lists):
     """Refuse tensors that are written although several of their elements are one number in memory."""
     for name, tensors in lists.items():
         for i, x in enumerate(tensors):
-            if isinstance(x, torch.Tensor) and any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+            if not isinstance(x, torch.Tensor) or x.is_contiguous():
+                continue
+            if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
                 raise ValueError(f"{op}: {name}[{i}] is written, and is expanded: its elements share memory; give it a .clone()")
 
 
@@ -146,12 +184,29 @@ def segments(op, value, tensors, layers):
     for i, x in enumerate(tensors):
         if x.dim() != 1:
             raise ValueError(f"{op}: with segments every tensor must be flat, [n]; params[{i}] is {list(x.shape)}")
-    ends = [0] * len(tensors)
-    for row, (tensor, start, numel, layer) in enumerate(sorted(value.tolist())):
-        inside = 0 <= tensor < len(tensors) and 0 <= layer < layers and numel >= 0
-        if not inside or start < ends[tensor] or start + numel > tensors[tensor].numel():
+    # a graph has no numbers to look at: there the op's body does
+    if not torch.compiler.is_compiling():
+        segments_inside(op, value.tolist(), [x.numel() for x in tensors], layers)
+
+
+def segments_inside(op, rows, numels, layers):
+    """Refuse rows (tensor, start, numel, layer) that leave tensors of `numels` numbers or the layers, or overlap."""
+    ends = [0] * len(numels)
+    for row, (tensor, start, numel, layer) in enumerate(sorted(rows)):
+        inside = 0 <= tensor < len(numels) and 0 <= layer < layers and numel >= 0
+        if not inside or start < ends[tensor] or start + numel > numels[tensor]:
             raise ValueError(
-                f"{op}: segments must lie inside {len(tensors)} tensors and {layers} layers and not overlap; "
+                f"{op}: segments must lie inside {len(numels)} tensors and {layers} layers and not overlap; "
                 f"row {row} in order of start is {[tensor, start, numel, layer]}"
             )
         ends[tensor] = start + numel
+
+
+def patches(op, images, patch):
+    """Refuse images [B, C, H, W] without a channel or a patch, and sides that the patch's does not divide."""
+    _, channels, height, width = images.shape
+    if min(channels, height, width) < 1 or height % patch or width % patch:
+        raise ValueError(
+            f"{op}: images must be [B, C, H, W] with C >= 1 and sides that the patch's, {patch}, divides; got {list(images.shape)};"
+            " crop or resize them"
+        )

@@ -153,7 +153,7 @@ def compute_dtype(dtype):
 
 
 def widened(function):
-    """The forward body of a plain reference: every tensor cast to the compute dtype of the first; outputs contiguous, as the fakes say."""
+    """The forward body of a plain reference: all but indices in the compute dtype of the first; outputs contiguous, as the fakes say."""
 
     def forward(first, *rest):
         dtype = compute_dtype(first[0].dtype if isinstance(first, (list, tuple)) else first.dtype)
@@ -180,6 +180,16 @@ def differentiated(function):
         return (torch.stack(grads) if listed else grads[0]).to(given[0].dtype).contiguous()
 
     return backward
+
+
+def gradients(function, dout, leaves):
+    """d<dout, function(*leaves)>/d(leaf) of each leaf, None of None: by autograd in dout's compute dtype, contiguous, in the leaf's own."""
+    dtype = compute_dtype(dout.dtype)
+    with recording():
+        taken = [x if x is None else x.detach().to(dtype).requires_grad_() for x in leaves]
+        wanted = [x for x in taken if x is not None]
+        found = iter(torch.autograd.grad(function(*taken), wanted, dout.to(dtype), materialize_grads=True))
+    return [x if x is None else next(found).to(x.dtype).contiguous() for x in leaves]
 
 
 @contextlib.contextmanager
@@ -209,4 +219,4 @@ def changed(*lists):
 def _cast(value, dtype):
     if isinstance(value, (list, tuple)):
         return [_cast(x, dtype) for x in value]
-    return value.detach().to(dtype) if isinstance(value, torch.Tensor) else value
+    return value.detach().to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value

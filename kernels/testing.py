@@ -1,7 +1,7 @@
 """Is a result right? The one numeric verdict, and the cases it is asked about; for tests and benchmarks."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,7 +15,8 @@ class Case:
     `production` marks the shapes that training meets: benchmarks run those, in `dtype`; tests run the others, in every dtype.
     Of an op that updates lists in place `build` makes the public keyword arguments; benchmarks take the lists named in `halves` in
     bfloat16. Tests that draw shapes make no last axis shorter than `narrowest` (a unit row of one number is ±1, and its gradient all
-    rounding) and multiply the numbers by no more than `largest_scale`.
+    rounding) and multiply the numbers by no more than `largest_scale`. Where axes hang together (ids point into one, patches tile an
+    image) `sizes` names them, letter by letter, and build(generator, **other sizes) makes the case at those, or at the nearest legal ones.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Case:
     narrowest: int = 1
     largest_scale: float = 3.0
     halves: tuple[str, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,13 @@ def error_vs_eager(actual, eager, truth):
 
     Half a spacing of the dtype's subnormal numbers is added, finer than which no element can be rounded. truth: the reference in
     float64; eager: the reference in float32 on half inputs, in the tested dtype otherwise. The size is max|truth| for max-abs and 1 for
-    rel-L2. ValueError where shapes differ or the truth is not finite.
+    rel-L2. Integers have to be equal. ValueError where shapes differ or the truth is not finite.
     """
     if not actual.shape == eager.shape == truth.shape:
         raise ValueError(f"error_vs_eager: shapes must be equal; got {list(actual.shape)}, {list(eager.shape)}, {list(truth.shape)}")
+    if not truth.is_floating_point() and actual.dtype == truth.dtype:
+        off = (actual - truth).double()
+        return Verdict(off.abs().max().item() if off.numel() else 0.0, 0.0, off.norm().item(), 0.0)
     if truth.dtype != torch.float64 or not truth.isfinite().all():
         raise ValueError("error_vs_eager: truth must be finite float64; got another dtype, or infinities or NaN")
     if not truth.numel():
@@ -91,9 +96,14 @@ def raw_arguments(raw, arguments):
 
 
 def outputs(function, arguments, differentiable, seed=1):
-    """{"out": function(**arguments)} and {"d<name>": its gradient under one fixed random cotangent} for each differentiable name."""
-    leaves = {name: arguments[name].detach().requires_grad_() for name in differentiable}
+    """{"out": function(**arguments)} and {"d<name>": its gradient under one fixed random cotangent} for each differentiable name.
+
+    Of several outputs, none of them differentiable, the others are "out 1", ...; a name whose argument is None has no gradient.
+    """
+    leaves = {name: arguments[name].detach().requires_grad_() for name in differentiable if arguments[name] is not None}
     out = function(**{**arguments, **leaves})
+    if isinstance(out, tuple):
+        return {f"out {i}" if i else "out": x.detach() for i, x in enumerate(out)}
     found = {"out": out.detach()}
     if leaves:
         dout = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(out)
@@ -112,7 +122,12 @@ def eager_outputs(run, dtype, truth):
         return run(compute_dtype(dtype))
     shrunk = 8 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     single = run(torch.float32)
-    return {name: x + (single[name].double() - x) * shrunk for name, x in truth.items()}
+    return {name: x + (single[name].double() - x) * shrunk if x.is_floating_point() else x for name, x in truth.items()}
+
+
+def in_double(outputs):
+    """The outputs of a reference run in float64, as error_vs_eager takes them: a mask is float32 whatever its noise was."""
+    return {name: x.double() if x.is_floating_point() else x for name, x in outputs.items()}
 
 
 def compared(function, reference, case, dtype, differentiable=(), arguments=None, device="cpu", seed=0):
@@ -123,7 +138,7 @@ def compared(function, reference, case, dtype, differentiable=(), arguments=None
     def run(precision):
         return outputs(reference, {**_cast(given, precision), **alone}, differentiable)
 
-    truth = run(torch.float64)
+    truth = in_double(run(torch.float64))
     eager = eager_outputs(run, dtype, truth)
     actual = outputs(function, given if arguments is None else arguments, differentiable)
     return {name: (actual[name], eager[name], truth[name]) for name in truth}

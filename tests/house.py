@@ -17,13 +17,13 @@ FLOORS = (
     ("methods",),
     ("recipes",),
     ("evaluate",),
-    ("train", "plan", "export", "report", "doctor"),
+    ("train", "plan", "export", "imports", "report", "doctor"),
     ("cli",),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 GROUND = {
     "engine/methods/method.py",
-    *(f"engine/evaluate/{name}.py" for name in ("knn", "frozen")),
+    *(f"engine/evaluate/{name}.py" for name in ("knn", "frozen", "classifier")),
     *(f"engine/models/{name}.py" for name in ("norm", "heads")),
     *(f"engine/data/{name}.py" for name in ("view", "philox", "draw", "feed", "sources")),
     *(f"kernels/{name}.py" for name in ("dispatch", "checks", "extension", "cuda_library", "testing")),
@@ -40,6 +40,9 @@ IMPORT_EXCEPTIONS = {
     ("engine/recipes/tiny_simclr.py", "engine/recipes/tiny_swav.py"): "the same network and photographs",
     ("engine/recipes/tiny_moco_v2.py", "engine/recipes/tiny_swav.py"): "the same network and photographs",
     ("engine/recipes/tiny_moco_v3.py", "engine/recipes/tiny_swav.py"): "the same network and photographs",
+    ("engine/recipes/tiny_mae.py", "engine/recipes/tiny_swav.py"): "the same photographs",
+    ("engine/recipes/mae_vit_l.py", "engine/recipes/mae_vit_b.py"): "the same recipe, another backbone",
+    ("engine/recipes/mae_vit_h.py", "engine/recipes/mae_vit_b.py"): "the same recipe, another backbone",
     ("engine/recipes/moco_v3_vit_b.py", "engine/recipes/moco_v3_vit_s.py"): "the same recipe, another backbone",
     ("engine/data/sources.py", "engine/data/decodable.py"): "files are examined before they are handed on",
     ("engine/data/sources.py", "engine/data/bundled.py"): "the demo set is one of the sources",

@@ -1,6 +1,7 @@
-"""Does the tree install where there is no compiler, with the reason kept, no stale library, and every op on its reference?"""
+"""Does the tree install where there is no compiler, or none for CUDA, with the reason kept and no stale library?"""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,21 @@ except RuntimeError as error:
     print(error)
 print(extension.load(), extension.reason(), cuda_library.REASON, functional.__file__, sep="\\n")
 """
+
+# One source of each kind in place of ours, whose compilation takes minutes: what is tried is the build, not the kernels.
+SOURCES = {
+    "library.cpp": """
+        #include <pybind11/pybind11.h>
+        long answer();
+        PYBIND11_MODULE(_C, m) { m.def("answer", &answer); }
+    """,
+    "stub/stub_cpu_simd.cpp": """
+        #if CPU_CAPABILITY_DEFAULT
+        long answer() { return 42; }
+        #endif
+    """,
+    "stub/stub_cuda.cu": "#error nobody may compile this",
+}
 
 
 def without_compiler(bin_folder):
@@ -123,7 +139,41 @@ def test_wheel_without_a_compiler(checkout, python, tmp_path):
     check_that_the_demo_trains(python.parent / "fuseer", tmp_path / "elsewhere")
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")
+HAS_COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")
+
+
+@pytest.fixture
+def everything_but_nvcc(tmp_path):
+    """A folder with every program of this PATH, save nvcc."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for path in os.environ["PATH"].split(os.pathsep):
+        for program in Path(path).glob("*"):
+            if not program.name.startswith("nvcc") and not (folder / program.name).is_symlink():
+                (folder / program.name).symlink_to(program)
+    return folder
+
+
+@HAS_COMPILER
+def test_without_nvcc_the_extension_is_built_alone(checkout, python, everything_but_nvcc, tmp_path):
+    shutil.rmtree(checkout / "csrc")
+    for name, text in SOURCES.items():
+        (checkout / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / "csrc" / name).write_text(text)
+    setup = (checkout / "setup.py").read_text()
+    assert '"/usr/local/cuda")' in setup
+    (checkout / "setup.py").write_text(setup.replace('"/usr/local/cuda")', f'"{tmp_path}/nowhere")'))
+    environment = {**without_compiler(everything_but_nvcc), "MAX_JOBS": "2"}
+    options = ("-v", "--no-deps", "--no-build-isolation", "--ignore-installed", "--no-index")
+    output = run(python, "-m", "pip", "install", *options, "-e", ".", cwd=checkout, env=environment)
+    assert "NOT built" not in output and "fuseer: the CUDA kernels were not built: " in output
+    assert not (checkout / "kernels" / "_C_cuda.so").exists() and not (checkout / "kernels" / "_C_reason.txt").exists()
+    program = "from fuseer.kernels import cuda_library as c, extension as e; print(e.load().answer(), e.reason(), c.REASON)"
+    told = run(python, "-c", program, cwd=tmp_path, env=environment)
+    assert re.match("42 None the CUDA kernels were not built: (no nvcc on PATH, in CUDA_HOME|torch .* knows no CUDA)", told), told
+
+
+@HAS_COMPILER
 def test_with_a_compiler_the_extension_is_here_and_says_how_it_was_built():
     import torch
 

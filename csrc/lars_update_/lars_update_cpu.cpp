@@ -6,6 +6,8 @@
 
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <numeric>
 
@@ -41,7 +43,24 @@ struct Pieces {
   }
 };
 
-Pieces pieces_of(const std::vector<Place>& tensors, const std::optional<at::Tensor>& segments) {
+// ValueError, in the words of kernels/checks.py, which a compiled graph does not ask.
+void check_segments(const int64_t* rows, int64_t count, const std::vector<Place>& tensors, int64_t layers) {
+  std::vector<std::array<int64_t, 4>> sorted(count);
+  std::copy_n(rows, 4 * count, sorted.empty() ? nullptr : sorted[0].data());
+  std::sort(sorted.begin(), sorted.end());
+  std::vector<int64_t> ends(tensors.size());
+  const int64_t whole = tensors.size();
+  for (int64_t row = 0; row < count; ++row) {
+    const auto [tensor, start, numel, layer] = sorted[row];
+    const bool inside = 0 <= tensor && tensor < whole && 0 <= layer && layer < layers && numel >= 0;
+    TORCH_CHECK_VALUE(inside && start >= ends[tensor] && numel <= tensors[tensor].numel - start, "lars_update_: segments must lie inside ",
+                      whole, " tensors and ", layers, " layers and not overlap; row ", row, " in order of start is [", tensor, ", ", start,
+                      ", ", numel, ", ", layer, "]");
+    ends[tensor] = start + numel;
+  }
+}
+
+Pieces pieces_of(const std::vector<Place>& tensors, const std::optional<at::Tensor>& segments, int64_t layers) {
   Pieces found;
   if (!segments.has_value()) {
     for (size_t i = 0; i < tensors.size(); ++i) {
@@ -51,6 +70,7 @@ Pieces pieces_of(const std::vector<Place>& tensors, const std::optional<at::Tens
   }
   const at::Tensor table = segments->contiguous();
   const int64_t* rows = table.const_data_ptr<int64_t>();
+  check_segments(rows, table.size(0), tensors, layers);
   std::vector<int64_t> order(table.size(0));
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [rows](int64_t a, int64_t b) { return rows[4 * a + 3] < rows[4 * b + 3]; });
@@ -155,7 +175,7 @@ void lars_update_cpu(at::TensorList params, at::TensorList grads, at::TensorList
     return;
   }
   const Places tensors("lars_update_", params, grads, momenta);
-  const Pieces pieces = pieces_of(tensors.all, segments);
+  const Pieces pieces = pieces_of(tensors.all, segments, adapt.size());
   const Options options{lr, momentum, weight_decay, trust_coefficient, eps, denominator == "sum", lr_in_momentum, nesterov, clip};
   Lars lars(pieces, adapt, options);
   if (group_name.empty()) {

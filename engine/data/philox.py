@@ -2,9 +2,12 @@
 
 import numpy as np
 
-ORDER_STREAM = 0xFFFFFFFF  # the third counter word: views count up from 0, these three come from the top
+ORDER_STREAM = 0xFFFFFFFF  # the third counter word: views count up from 0, these six come from the top
 REPLACEMENT_STREAM = 0xFFFFFFFE
 SHUFFLE_STREAM = 0xFFFFFFFD
+MASK_STREAM = 0xFFFFFFFC
+FINETUNE_STREAM = 0xFFFFFFFB
+MIXING_STREAM = 0xFFFFFFFA
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85

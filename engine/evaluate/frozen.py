@@ -47,6 +47,23 @@ class Labelled:
             raise ValueError(f"{command}: {config.data.path} needs train/ and test/ with the same two or more class folders")
         return found
 
+    def check(self, command: str, batch_size: int) -> None:
+        """ValueError for an image without a class or too few images for a batch, in words that begin with `command`."""
+        for split, source in (("train", self.train), ("test", self.test)):
+            if (source.labels < 0).any():
+                stray = source.paths[int((source.labels < 0).argmax())]
+                raise ValueError(f"{command}: {stray} lies in no class folder; move it into one of {split}/'s, or away")
+        if batch_size > len(self.train):
+            raise ValueError(f"{command}: batch_size={batch_size} is more than the {len(self.train)} train images; give less")
+
+    def side(self, command: str, device: torch.device) -> int:
+        """Height and width of the test images as the network sees them; crops for training get the same."""
+        first, _ = next(self.batches(self.test, device))
+        height, width = first.shape[-2:]
+        if height != width:
+            raise ValueError(f"{command}: the images are {width}x{height} pixels; give image_size=N for the square to cut out of them")
+        return width
+
     def batches(self, source: Source, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels) of all of `source` on `device`, in order, without augmentation."""
         data = self.config.data
@@ -76,6 +93,13 @@ class Pixels(nn.Module):
 def calibrate_on(backbone: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> nn.Module:
     """`backbone` with the BatchNorm statistics of the first images of `batches`: at initialisation it has none of its own."""
     return calibrate(backbone, islice((images for images, _ in batches), CALIBRATION_IMAGES // 256 + 1))
+
+
+def shares(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    """{"accuracy": top-1, "top5": … with ten classes or more} of scores [N, classes], shares in 0…1."""
+    hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+    found = {"accuracy": hits[:, 0].double().mean().item()}
+    return {**found, "top5": hits.any(1).double().mean().item()} if scores.shape[1] >= 10 else found
 
 
 def load_pretrained(run: Path, backbone: nn.Module) -> int:

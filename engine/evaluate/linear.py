@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.progress import Progress, TextColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,9 +19,9 @@ from fuseer.engine.config import LinearConfig, TrainConfig, nearest
 from fuseer.engine.data.sources import Reader, SampleIndex
 from fuseer.engine.data.view import View
 from fuseer.engine.distributed import cores, keep_freed_memory
-from fuseer.engine.evaluate.frozen import Labelled, Pixels, calibrate_on, load_pretrained, write_result
+from fuseer.engine.evaluate.frozen import Labelled, Pixels, calibrate_on, load_pretrained, shares, write_result
 from fuseer.engine.evaluate.knn import extract_features
-from fuseer.engine.log import console, say
+from fuseer.engine.log import EpochBar, say
 from fuseer.engine.models.backbone import initial_backbone
 from fuseer.engine.recipes.recipe import saved_config
 from fuseer.engine.schedule import warmup_cosine, warmup_milestones
@@ -119,11 +118,11 @@ def evaluate_linear(run: Path, config: TrainConfig | None = None) -> dict:
     protocol, words = chosen_protocol(config.linear)
     checkpoint.latest(run / "ckpt")
     images = Labelled.needed_by("eval linear", config)
-    _check(images, protocol)
+    images.check("eval linear", protocol.batch_size)
     keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     say(f"linear classifier on frozen features, {words}")
-    size = _size_of(images, device)
+    size = images.side("eval linear", device)
     untrained = calibrate_on(initial_backbone(config).to(device), images.batches(images.train, device))
     pretrained = initial_backbone(config).to(device)
     step = load_pretrained(run, pretrained)
@@ -162,7 +161,8 @@ def train_and_test(networks: dict[str, nn.Module], images: Labelled, protocol: P
     ]
 
     steps = protocol.epochs * index.steps_per_epoch
-    with closing(stream(backbones, images, protocol, index, size, device)) as batches, _Progress(protocol.epochs, steps) as progress:
+    bar = EpochBar("linear classifier", protocol.epochs, steps)
+    with closing(stream(backbones, images, protocol, index, size, device)) as batches, bar as progress:
 
         def epoch_done(epoch: int, losses: list[float]) -> None:
             correct = [accuracies(head, features, labels)["accuracy"] for head, (features, labels) in zip(heads, tests, strict=True)]
@@ -223,10 +223,7 @@ def fit(
 @torch.no_grad()
 def accuracies(head: nn.Module, features: Tensor, labels: Tensor) -> dict[str, float]:
     """{"accuracy": top-1, "top5": … with ten classes or more}, shares in 0…1 of the rows of `features`."""
-    scores = torch.cat([head(rows) for rows in features.split(4096)])
-    hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
-    found = {"accuracy": hits[:, 0].double().mean().item()}
-    return {**found, "top5": hits.any(1).double().mean().item()} if scores.shape[1] >= 10 else found
+    return shares(torch.cat([head(rows) for rows in features.split(4096)]), labels)
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -272,49 +269,3 @@ def _same_every_epoch(backbones, images, protocol, index, size, device) -> Itera
     for step in count():
         chosen = torch.from_numpy(index.samples(step)[2]).to(device)
         yield [features[chosen] for features, _ in stored], stored[0][1][chosen]
-
-
-def _check(images: Labelled, protocol: Protocol) -> None:
-    for split, source in (("train", images.train), ("test", images.test)):
-        if (source.labels < 0).any():
-            stray = source.paths[int((source.labels < 0).argmax())]
-            raise ValueError(f"eval linear: {stray} lies in no class folder; move it into one of {split}/'s, or away")
-    if protocol.batch_size > len(images.train):
-        raise ValueError(f"eval linear: batch_size={protocol.batch_size} is more than the {len(images.train)} train images; give less")
-
-
-def _size_of(images: Labelled, device: torch.device) -> int:
-    """Height and width of the test images as the network sees them; crops for training get the same."""
-    first, _ = next(images.batches(images.test, device))
-    height, width = first.shape[-2:]
-    if height != width:
-        raise ValueError(f"eval linear: the images are {width}x{height} pixels; give image_size=N for the square to cut out of them")
-    return width
-
-
-class _Progress:
-    """A bar over the steps in a terminal, else one line per epoch."""
-
-    def __init__(self, epochs: int, steps: int):
-        self._epochs = epochs
-        self._bar = Progress(*Progress.get_default_columns(), TextColumn("{task.fields[state]}"), console=console)
-        self._task = self._bar.add_task("linear classifier", total=steps, state="")
-
-    def __enter__(self) -> "_Progress":
-        if console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.stop()
-
-    def counted(self, batches: Iterator) -> Iterator:
-        for batch in batches:
-            self._bar.advance(self._task)
-            yield batch
-
-    def epoch(self, epoch: int, found: dict[str, tuple[float, float]]) -> None:
-        told = [f"{name.partition(',')[0]} {correct:.1%}, loss {loss:.4g}" for name, (loss, correct) in found.items()]
-        self._bar.update(self._task, state=told[-1])
-        if not console.is_terminal:
-            say(f"epoch {epoch}/{self._epochs}  {'  '.join(told)}")

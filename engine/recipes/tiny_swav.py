@@ -6,7 +6,7 @@ Expected: four to six minutes on two cores; weighted kNN on the 2,000 test image
 Measured results are in README.md.
 """
 
-from fuseer.engine.config import DataConfig, KnnConfig, LinearConfig, ModelConfig, OptimConfig, TrainConfig
+from fuseer.engine.config import DataConfig, FinetuneConfig, KnnConfig, LinearConfig, ModelConfig, OptimConfig, TrainConfig
 from fuseer.engine.data.view import View
 from fuseer.engine.distributed import fastest_precision
 from fuseer.engine.methods.swav import SwAVConfig
@@ -30,6 +30,7 @@ def config() -> TrainConfig:
         data=DataConfig(path="demo", mean=(0.286, 0.286, 0.286), std=(0.353, 0.353, 0.353)),
         knn=KnnConfig(every_steps=500),
         linear=LinearConfig(protocol="tiny"),
+        finetune=FinetuneConfig(protocol="tiny"),
         batch_size=64,
         steps=1500,
         precision=fastest_precision(),

@@ -15,6 +15,8 @@ def _fake(*arguments):
 
 def _reference(params, grads, momenta, *options):
     *options, skip, segments, group_name = options
+    if segments is not None:
+        checks.segments_inside("lars_update_", segments.tolist(), [x.numel() for x in params], len(options[6]))
     lists = [dispatch.widened_list(x, params) for x in (params, grads, momenta)]
     new_params, new_momenta = reference.lars_update_(*lists, *options, segments, group_name)
     for old, new in zip([*params, *momenta], [*new_params, *new_momenta], strict=True):

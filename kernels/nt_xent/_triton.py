@@ -47,7 +47,7 @@ def _sums(contrast, inverse, group_name):
     if group_name or not contrast.fixed or 4 * blocks * rows > TRIANGLE_BYTES:
         return _contrast.sweep(contrast, *inverses, gradient=False)[:2]
     sums = torch.empty((blocks, rows), dtype=torch.float32, device=contrast.x.device)
-    constants = {**contrast.precision, "D": contrast.width}
+    constants = {**_contrast.precision(contrast, target), "D": contrast.width}
     arguments = (contrast.x, inverse, rows, rows // 2, *contrast.scales, sums)
     _tl.launch(_triangle, (triton.cdiv(blocks, 2), blocks + 1), *arguments, **constants, **options)
     return None, sums
@@ -83,7 +83,7 @@ def _gradient(contrast, inverse, statistics, misses, scale):
     o = statistics.new_empty((splits, *x.shape))
     memory = (x, contrast.y, inverse, *contrast.sizes[1:], *contrast.scales, span, statistics, misses, o)
     constants = {name: value for name, value in contrast.constants.items() if name != "VIEWS"}
-    _tl.launch(_row_gradient, (programs, splits), *memory, **constants, **contrast.precision, **options)
+    _tl.launch(_row_gradient, (programs, splits), *memory, **constants, **_contrast.precision(contrast, target), **options)
     return _projected(contrast, o, scale)
 
 

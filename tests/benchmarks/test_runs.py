@@ -89,6 +89,26 @@ def test_the_demo_is_condensed_with_its_machine(evaluated, tmp_path):
     assert f"| raw pixels | {accuracies(evaluated, 'knn')['raw pixels']} |" in table and "| train / test images | 160 / 40 |" in table
 
 
+def test_the_table_of_fine_tuning_needs_both_rows_of_the_runs_end(evaluated, tmp_path):
+    run, results = shutil.copytree(evaluated, tmp_path / "run"), tmp_path / "results"
+    results.mkdir()
+    assert runs.finetune_table(results) == ""
+    with pytest.raises(ValueError, match=r"no eval/finetune.json; run fuseer eval finetune run="):
+        runs.condense_finetune(run, results)
+    words = ["eval", "finetune", f"run={run}", "epochs=1", "batch_size=32"]
+    assert main(words) == 0
+    with pytest.raises(ValueError, match=r"fine-tuned as \['pretrained'\]; run .* with scratch=true and without"):
+        runs.condense_finetune(run, results)
+    assert main([*words, "scratch=true"]) == 0
+    runs.condense_finetune(run, results)
+    table, found = runs.finetune_table(results), accuracies(run, "finetune")
+    assert f"| from scratch | {found['initialisation']} |" in table and f"| after SwAV (`tiny_swav`) | {found['pretrained']} |" in table
+    assert "160 labelled images to train on, 40 to test on; protocol tiny" in table and "6 steps of pretraining" in table
+    older = changed(run, tmp_path / "older", "eval/finetune.json", lambda tuned: tuned["rows"][1].update(step=5))
+    with pytest.raises(ValueError, match="trained to step 6, and fine-tuned from step 5"):
+        runs.condense_finetune(older, results)
+
+
 def without(kind):
     return lambda run: (run / "eval" / f"{kind}.json").unlink()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import measure, run
-from benchmarks.engine import step
+from benchmarks.engine import mae_step, step
 from fuseer.engine import distributed
 from fuseer.engine.config import ModelConfig
 from fuseer.engine.methods import swav
@@ -46,3 +46,27 @@ def _whole_steps(_):
     for row in found:
         assert row["shape"] == "6×4×7" and row["device"] == "here" and row["loss_share"] > 0
     assert found[0]["ratio"] == 1.0
+
+
+def test_a_mae_step_is_timed_beside_the_official_one_and_the_bound():
+    torch.multiprocessing.spawn(_mae_steps, nprocs=1)
+
+
+def _mae_steps(_):
+    """All three take whole steps of one engine, the decoder moves under each, and the method's own forward is back afterwards."""
+    tiny = mae_step.configs()["tiny_mae"]
+    options = {"patch_size": 7, "embed_dim": 16, "depth": 1, "num_heads": 2, "start": "mae"}
+    tiny = tiny.model_copy(update={"model": ModelConfig(name="vit_tiny", options=options), "batch_size": 4})
+    measure.MAX_SPREAD = float("inf")
+    try:
+        taken = step.built(tiny, distributed.start())
+        module = taken.engine.module
+        for program in mae_step.steps(taken).values():
+            before = module.decoder_pred.weight.clone()
+            program()
+            assert not torch.equal(before, module.decoder_pred.weight) and "forward" not in vars(module)
+        found = mae_step.one("tiny", tiny, taken, {**run.OPTIONS, "repeats": "3"}, {"device": "here"})
+    finally:
+        distributed.stop()
+    assert [row["program"] for row in found] == ["official", "fuseer", "bound"] and found[0]["ratio"] == 1.0
+    assert found[1]["gain_share"] is not None and all(row["device"] == "here" for row in found)

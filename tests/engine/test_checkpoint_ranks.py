@@ -19,7 +19,13 @@ from tests.ranks import on_ranks
 
 B, CPU = 12, torch.device("cpu")
 ALONE = Ranks(0, 1, 0, 1, CPU)
-OPTIMIZERS = {"sgd": ["momentum_buffer"], "adamw": ["exp_avg", "exp_avg_sq"]}
+OPTIMIZERS = {"sgd": ["momentum_buffer"], "adamw": ["exp_avg", "exp_avg_sq"], "lars": ["momentum_buffer"]}
+PACE = {
+    "sgd": {"lr": 0.02, "weight_decay": 0.0},
+    "adamw": {"lr": 0.02, "weight_decay": 0.0},
+    # what no forward uses stays all the same: larc does not decay a layer without gradient
+    "lars": {"lr": 0.5, "weight_decay": 0.01, "trust_coefficient": 0.05},
+}
 # (ranks, stage, steps done at the end): each goes on from the checkpoint of the one before
 CHAIN = [(4, 1, 3), (2, 3, 5), (3, 2, 6)]
 
@@ -61,7 +67,7 @@ class Toy(nn.Module):
 
 
 def config_of(name: str, stage: int) -> TrainConfig:
-    optim = OptimConfig(name=name, lr=0.02, weight_decay=0.0)
+    optim = OptimConfig(name=name, **PACE[name])
     return TrainConfig(
         recipe="toy", method=MethodConfig(), model=ModelConfig(name="none"), optim=optim, batch_size=B, steps=9, zero_stage=stage
     )

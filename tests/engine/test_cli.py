@@ -39,7 +39,7 @@ def test_recipes_shows_command_and_result(capsys):
         (["eval", "linear", "run=x", "epoch=3"], "unknown option epoch; did you mean epochs?"),
         (["eval", "linear", "run=/no/such/run"], "/no/such/run holds no config.json"),
         (["report", "run=/no/such/run"], "/no/such/run"),
-        (["demo", "recipe=tiny"], "did you mean tiny_swav"),
+        (["demo", "recipe=tiny_swaw"], "did you mean tiny_swav"),
     ],
 )
 def test_mistakes_are_one_sentence(words, expected, capsys):

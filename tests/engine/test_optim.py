@@ -106,25 +106,31 @@ def test_larc_leaves_a_zero_gradient_alone():
     assert torch.equal(toy.body.weight, before)
 
 
-def test_a_skipped_step_changes_nothing():
-    """The flag is read on the device, at each step anew; rows that are to be unit are not divided again either."""
-    toy, optimizer = prepared("lars", weight_decay=0.1)
+@pytest.mark.parametrize("bad", [1.0, torch.inf, torch.nan], ids=["told", "inf", "nan"])
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_a_step_thrown_away_changes_nothing(name, bad):
+    """Told by the flag, read at each step anew, or by a gradient; rows that are to be unit are not divided again either."""
+    toy, optimizer = prepared(name, weight_decay=0.1)
     optimizer.skip = torch.tensor(0.0)
     set_gradients(toy, 0)
     optimizer.step()
     # not quite unit, so that a division would show
     toy.prototypes.data.mul_(1.01)
     before = {name: p.detach().clone() for name, p in toy.named_parameters()}
-    momenta = {name: optimizer.state[p]["momentum_buffer"].clone() for name, p in toy.named_parameters()}
+    states = {name: {key: x.clone() for key, x in optimizer.state[p].items()} for name, p in toy.named_parameters()}
     set_gradients(toy, 1)
-    toy.body.weight.grad[0, 0] = float("inf")
-    optimizer.skip.fill_(1.0)
+    toy.body.weight.grad[0, 0] = bad
+    optimizer.skip.fill_(bad == 1.0)
+    assert not optimizer.overflow
     optimizer.step()
+    assert optimizer.overflow
     for name, p in toy.named_parameters():
-        assert torch.equal(p, before[name]) and torch.equal(optimizer.state[p]["momentum_buffer"], momenta[name]), name
+        assert torch.equal(p, before[name]), name
+        assert all(torch.equal(x, states[name][key]) for key, x in optimizer.state[p].items()), name
     toy.body.weight.grad[0, 0] = 1.0
     optimizer.skip.zero_()
     optimizer.step()
+    assert not optimizer.overflow
     assert not any(torch.equal(p, before[name]) for name, p in toy.named_parameters())
 
 

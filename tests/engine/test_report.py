@@ -217,6 +217,30 @@ def test_the_chance_loss_of_a_method_without_prototypes_is_drawn(tmp_path):
     assert "Loss, last record 8 chance = 10.704" in text and "chance: 10.7" in text.replace("chance = 10.704", "")
 
 
+def test_pictures_are_shown_with_their_words_and_torn_ones_are_named(tmp_path):
+    folder = run_folder(tmp_path / "run")
+    for name, colour in (("one", (9, 9, 9)), ("two", (99, 9, 9))):
+        Image.new("RGB", (64, 30), colour).save(folder / "eval" / f"{name}.png")
+    names = ("one", "two", "gone")
+    told = [{"file": f"eval/{name}.png", "title": f"<{name}>", "seen": "seen", "words": f"of step {name}"} for name in names]
+    (folder / "eval" / "pictures.json").write_text(json.dumps({"step": 3, "pictures": told}))
+    (folder / "eval" / "two.png").write_bytes((folder / "eval" / "two.png").read_bytes()[:-4])
+    page = page_of(folder)
+    assert "<one> of step one" in words(page) and "of step two" not in page and "of step gone" not in page
+    assert "eval/two.png is cut off" in words(page) and len(re.findall(r"<img ", page)) == 2
+
+
+def test_fine_tuning_is_shown_beside_the_linear_classifier(tmp_path):
+    folder = run_folder(tmp_path / "run")
+    rows = [{"name": "initialisation", "accuracy": 0.8512, "top5": 0.99}, {"name": "pretrained", "accuracy": 0.9034, "top5": 0.995}]
+    tested = {"words": "protocol tiny", "train_images": 10000, "test_images": 2000, "rows": rows}
+    (folder / "eval" / "finetune.json").write_text(json.dumps(tested))
+    text = words(page_of(folder))
+    assert "Fine-tuned 90.3% +5.2 points on the initialisation" in text and "initialisation 85.1% top-5 99.0%" in text
+    assert "All weights trained with the labels: protocol tiny; 10,000 training images, 2,000 test images" in text
+    assert "On frozen features: protocol tiny (our own)" in text
+
+
 def test_a_linear_classifier_alone_is_shown(tmp_path):
     folder = run_folder(tmp_path / "run")
     (folder / "eval" / "knn.json").unlink()

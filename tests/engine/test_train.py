@@ -240,16 +240,17 @@ def test_odd_images_train_and_broken_ones_are_named(images, tmp_path):
     assert "broken" in done.stderr and ("text.jpg" in done.stderr or "truncated.jpg" in done.stderr)
 
 
-def test_the_real_launcher_trains_two_ranks(images, tmp_path):
+def test_the_real_launcher_trains_three_ranks(images, tmp_path):
     out = tmp_path / "run"
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--module", "fuseer.engine.train"]
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "3", "--module", "fuseer.engine.train"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     environment["PATH"] = str(Path(sys.executable).parent)  # neither compiler nor ninja: DeepSpeed must not want to build anything
-    more = {"optim.name": "lars", "zero_stage": "3", "model.sync_norm_ranks": "2", "precision": "bf16-autocast", "accumulation_steps": "2"}
+    more = {"optim.name": "lars", "zero_stage": "3", "model.sync_norm_ranks": "3", "precision": "bf16-autocast", "accumulation_steps": "2"}
+    more |= {"batch_size": "12", "method.queue_length": "24"}
     done = subprocess.run(
         [*command, *arguments(images, out, **more)[1:]], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert sorted(losses(out)) == [1, 2]
-    assert json.loads((out / "env.json").read_text())["ranks"] == 2
+    assert json.loads((out / "env.json").read_text())["ranks"] == 3
     assert (out / "report.html").exists() and (out / "ckpt" / "step_00000002" / "meta.json").exists()

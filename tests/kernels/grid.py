@@ -4,7 +4,7 @@ import contextlib
 import functools
 import importlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -46,7 +46,18 @@ class Trial:
 
     @property
     def differentiable(self):
-        return part(self.op, "cases").DIFFERENTIABLE
+        """The names that have a gradient in this case: an optional tensor may be absent."""
+        built = self.case.build(torch.Generator())
+        return tuple(name for name in part(self.op, "cases").DIFFERENTIABLE if built[name] is not None)
+
+    @property
+    def out_dtype(self):
+        """That of the arithmetic, unless the op's cases.py says otherwise."""
+        return getattr(part(self.op, "cases"), "out_dtype", dispatch.compute_dtype)(self.dtype)
+
+    def first_output(self, arguments):
+        out = self.call(**arguments)
+        return out[0] if isinstance(out, tuple) else out
 
     def arguments(self, seed=0):
         return testing.inputs(self.case, self.dtype, seed, self.device)
@@ -90,7 +101,7 @@ class Trial:
         def run(dtype):
             return self.raw(with_tensors(self.arguments(), lambda x: x.to(dtype)), "reference")
 
-        truth = run(torch.float64)
+        truth = testing.in_double(run(torch.float64))
         eager = testing.eager_outputs(run, self.dtype, truth)
         found = {}
         for name in truth:
@@ -100,7 +111,7 @@ class Trial:
                 # potentials of no rows at all: infinite, and no distance from infinity is a number
                 infinite = three[2].isinf() & (three[0] == three[2])
                 label = name if column is ... else f"{name}[..., {column}]"
-                found[label] = testing.error_vs_eager(*(x.masked_fill(infinite, 0.0) for x in three))
+                found[label] = testing.error_vs_eager(*(x.masked_fill(infinite, 0) for x in three))
         return found
 
     def but(self, **changes):
@@ -191,8 +202,14 @@ def with_tensors(arguments, change):
 def resized(case, sizes, scale=1.0):
     """The case with every axis of length n made sizes[n] long, filled anew, uniform over the old range times `scale`.
 
-    An index points into the rows of whichever tensor has the fewest.
+    An index points into the rows of whichever tensor has the fewest. A case with `sizes` is built at others, which go by their letters.
     """
+    if case.sizes:
+
+        def built_at(generator):
+            return with_tensors(case.build(generator, **{**case.sizes, **sizes}), lambda x: x * scale)
+
+        return replace(case, name=f"{case.name} with {sizes}", build=built_at)
 
     def build(generator):
         def fill(x):
@@ -210,7 +227,12 @@ def resized(case, sizes, scale=1.0):
 
 
 def lengths(case):
-    """(lengths of rows, lengths of last axes) that `resized` can change: those of no axis further left, which counts crops or the like."""
+    """(lengths of rows, lengths of last axes) that `resized` can change: those of no axis further left, which counts crops or the like.
+
+    Of a case with `sizes` they are letters, and D alone is a last axis.
+    """
+    if case.sizes:
+        return sorted(case.sizes.keys() - {"D"}), sorted(case.sizes.keys() & {"D"})
     shapes = [x.shape for x in case.build(torch.Generator()).values() if isinstance(x, torch.Tensor)]
     leading = {n for shape in shapes for n in shape[:-2]}
     last = {shape[-1] for shape in shapes if len(shape) > 1} - leading
@@ -218,8 +240,8 @@ def lengths(case):
 
 
 def pointed_at(case):
-    """Whether one of the case's tensors is an index, which needs rows to point at."""
-    return any(isinstance(x, torch.Tensor) and not x.is_floating_point() for x in case.build(torch.Generator()).values())
+    """Whether one of the case's tensors is an index, which needs rows to point at; a case with `sizes` sees to that itself."""
+    return not case.sizes and any(isinstance(x, torch.Tensor) and not x.is_floating_point() for x in case.build(torch.Generator()).values())
 
 
 def every_other(x):

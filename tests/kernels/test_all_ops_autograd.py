@@ -27,7 +27,7 @@ def recorded(trial, changed=False):
     leaves = [arguments[name].requires_grad_() for name in trial.differentiable]
     if changed:
         arguments.update({name: leaf * 1 for name, leaf in zip(trial.differentiable, leaves, strict=True)})
-    out = trial.call(**arguments)
+    out = trial.first_output(arguments)
     dout = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(out)
     return leaves, out, dout, arguments
 
@@ -95,7 +95,7 @@ def test_no_grad_and_inference_mode_give_the_same_and_record_nothing(trial):
     recorded_out = recorded(trial)[1]
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            out = recorded(trial)[1] if mode is torch.no_grad else trial.call(**trial.arguments())
+            out = recorded(trial)[1] if mode is torch.no_grad else trial.first_output(trial.arguments())
         assert torch.equal(out, recorded_out.detach())
         assert not out.requires_grad and out.grad_fn is None
 
@@ -128,15 +128,21 @@ def scaled_by_the_reference(trial, arguments, name, dout, dtype):
     return torch.autograd.grad(out, leaf, (dout * 2**16).to(dtype))[0]
 
 
+def reread(trial):
+    """The names of what the raw backward op is given."""
+    raw = getattr(trial.module, "RAW_BACKWARD", {}).get(trial.backend)
+    return [argument.name for argument in raw._schema.arguments] if raw else []
+
+
 @over(differentiable(trials((torch.float32,), quick)))
 def test_inputs_changed_before_the_backward_pass_are_refused_or_do_not_matter(trial):
-    """Refused where the backward pass reads its inputs again; without effect where the forward has made the gradient."""
+    """Refused where the backward pass reads that input again; without effect where it has no use for it, or the gradient is made."""
     for name in trial.differentiable:
         leaves, out, dout, arguments = recorded(trial, changed=True)
         expected = torch.autograd.grad(out, leaves, dout, retain_graph=True)
         with torch.no_grad():
             arguments[name].mul_(2)
-        if hasattr(trial.module, "RAW_BACKWARD"):
+        if name in reread(trial):
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 torch.autograd.grad(out, leaves, dout)
         else:
@@ -166,7 +172,12 @@ def test_a_second_derivative_is_refused(trial):
         grad.sum().backward()
 
 
-@over(trials((torch.float32,), quick))
+def untouched_by_autocast(op):
+    """The quick cases, of ops that do not say in cases.py that they follow it as torch's own would; those have a test of their own."""
+    return [] if getattr(part(op, "cases"), "FOLLOWS_AUTOCAST", False) else quick(op)
+
+
+@over(trials((torch.float32,), untouched_by_autocast))
 def test_autocast_changes_nothing(trial):
     plain = trial.outputs()
     with torch.autocast(trial.device, torch.bfloat16):
@@ -176,8 +187,10 @@ def test_autocast_changes_nothing(trial):
 
 @over(trials((torch.float32,), quick))
 def test_gradients_flow_where_promised_and_nowhere_else(trial):
-    arguments = with_tensors(trial.arguments(), lambda x: x.requires_grad_())
-    out = trial.call(**arguments)
+    refused = getattr(part(trial.op, "cases"), "REFUSES_GRADIENT", ())
+    arguments = trial.arguments()
+    arguments |= with_tensors({name: x for name, x in arguments.items() if name not in refused}, lambda x: x.requires_grad_())
+    out = trial.first_output(arguments)
     assert out.requires_grad == bool(trial.differentiable)
     if trial.differentiable:
         out.sum().backward()

@@ -1,26 +1,29 @@
 """Do torch.library's opcheck and torch.compile, whole-graph and dynamic, accept every op on every backend?"""
 
 import torch
-from grid import INTERPRETED, every_other, first, lengths, over, quick, raw_arguments, resized, telling, trials, with_tensors
+from grid import INTERPRETED, every_other, first, lengths, over, part, quick, raw_arguments, resized, telling, trials, with_tensors
 from torch._dynamo.testing import CompileCounterWithBackend
 
 CHECKED = (torch.float32,) if INTERPRETED else (torch.float32, torch.bfloat16)
 
 
 def raw_backward_arguments(trial, raw):
-    """The backward op's arguments, found by name among the forward's inputs and outputs."""
+    """The backward op's arguments, found by name among the forward's inputs and outputs, or in what cases.py adds to them."""
     forward, backward = trial.module.RAW[trial.backend], trial.module.RAW_BACKWARD[trial.backend]
     returned = forward(*raw)
     returned = returned if isinstance(returned, tuple) else (returned,)
     known = dict(zip((a.name for a in forward._schema.arguments), raw, strict=True))
     known.update(zip((r.name for r in forward._schema.returns), returned, strict=True))
-    known["dloss"] = torch.ones_like(returned[0])
+    known["dloss"] = known["dout"] = torch.ones_like(returned[0])
+    known.update(getattr(part(trial.op, "cases"), "backward_arguments", lambda known: {})(known))
     return tuple(known[a.name] for a in backward._schema.arguments)
 
 
 @over(trials(dtypes=CHECKED, chosen=first if INTERPRETED else telling))
 def test_opcheck(trial):
-    for layout in (torch.Tensor.contiguous, every_other):
+    """Dense in single, in gaps in half precision: what opcheck looks at depends on each alone."""
+    layouts = {torch.float32: (torch.Tensor.contiguous,), torch.bfloat16: (every_other,)}
+    for layout in sum(layouts.values(), ()) if INTERPRETED else layouts[trial.dtype]:
         raw = raw_arguments(trial.op, with_tensors(trial.arguments(), layout))
         torch.library.opcheck(trial.module.RAW[trial.backend], raw)
         if hasattr(trial.module, "RAW_BACKWARD"):
@@ -40,7 +43,9 @@ def test_opcheck_of_the_empty_and_the_single(trial):
 def batches(trial):
     """The trial at its own number of rows, and at two others."""
     rows, last = lengths(trial.case)
-    return [trial, *(trial.but(case=resized(trial.case, {n: n * times + 1 for n in rows})) for times in (2, 3))]
+    known = trial.case.sizes
+    sizes = [{row: known.get(row, row) * times + 1 for row in rows} for times in (2, 3)]
+    return [trial, *(trial.but(case=resized(trial.case, numbers)) for numbers in sizes)]
 
 
 def check_compiled(trial, backend, call):

@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
 FILES = {
     "interpreted.py": "",
     "interpreted_contrast.py": "",
+    "interpreted_patches.py": "",
     "interpreted_swapped.py": "",
     "interpreted_updates.py": "",
     "test_all_updates.py": "",
@@ -26,10 +27,16 @@ FILES = {
     "test_swapped_prediction.py": "triton",
     "test_soft_xent.py": "triton",
     "test_nt_xent.py": "triton",
+    "test_masked_patch_mse.py": "triton",
     "test_info_nce.py": "triton",
     "test_ema_update_.py": "triton",
     "test_lars_update_.py": "triton",
     "test_ranks_updates.py": "",
+    "test_patch_mask.py": "triton",
+    "test_gather_tokens.py": "triton",
+    "test_unshuffle_tokens.py": "triton",
+    "test_gather_patches.py": "triton",
+    "test_patch_embed_visible.py": "triton",
 }
 
 

@@ -207,6 +207,18 @@ def table(*rows):
     return torch.tensor(rows, dtype=torch.int64)
 
 
+@over([trial for trial in EVERY_TRIAL if trial.device == "cpu"])
+def test_a_graph_refuses_wrong_segments_when_it_runs(trial):
+    """While it is traced there are no numbers to look at."""
+    lists = three((30,), (9,), dtype=torch.float32, device=trial.device)
+    before = [[x.clone() for x in tensors] for tensors in lists]
+    step = torch.compile(bound(trial), fullgraph=True, backend="aot_eager")
+    for rows in ([(0, 3, 9, 0), (1, 0, 10, 1)], [(0, 3, 9, 0), (0, 11, 4, 1)], [(2, 0, 1, 0)], [(0, -1, 4, 0)], [(0, 0, 4, 2)]):
+        with pytest.raises(ValueError, match="^lars_update_: segments must lie inside 2 tensors and 2 layers and not overlap; row "):
+            step(*lists, lr=0.1, adapt=[True, True], segments=table(*rows))
+    assert all(torch.equal(x, y) for a, b in zip(lists, before, strict=True) for x, y in zip(a, b, strict=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
