@@ -303,12 +303,12 @@ void Potentials<T>::write_codes(T* codes) const {
 
 template <typename T>
 at::Tensor Potentials<T>::in_nats() const {
-  at::Tensor out = at::empty({problems_, k_}, c10::CppTypeToScalarType<T>::value);
-  T* x = out.template mutable_data_ptr<T>();
+  at::Tensor out = at::empty({problems_, k_}, at::kDouble);
+  double* x = out.mutable_data_ptr<double>();
   for (int64_t p = 0; p < problems_; ++p) {
     for (int64_t j = 0; j < k_; ++j) {
       const int64_t at = p * padded(k_) + j;
-      x[p * k_ + j] = static_cast<T>((static_cast<double>(high_[at]) + low_[at]) / kPowersPerNat);
+      x[p * k_ + j] = (static_cast<double>(high_[at]) + low_[at]) / kPowersPerNat;
     }
   }
   return out;

@@ -75,7 +75,7 @@ class Potentials {
   }
   // codes [rows, k] of all problems, in the order of the segments; `codes` may be the cache.
   void write_codes(T* codes) const;
-  // The potentials in nats, [problems, k].
+  // The potentials in nats, [problems, k], float64: what they would lose as one float32, a gradient would see.
   at::Tensor in_nats() const;
 
  private:

@@ -18,7 +18,9 @@ _passed_over = set()
 
 
 def register(name, schema, fake, **bodies):
-    """Define fuseer::`name` once per backend: overload `name`.`backend`, all with one schema and one fake; the overloads by backend.
+    """Define fuseer::`name` once per backend: overload `name`.`backend`, all with one schema; the overloads by backend.
+
+    `fake`: one for all, or {backend: its own, None: that of the others}, where what a backend keeps for its gradient has other dtypes.
 
     A body is the Python implementation, or COMPILED where csrc/library.cpp registers it (without the extension that overload
     stays empty, and the backend's unsupported() says why). The schema lives in Python alone: torch checks the C++ signature
@@ -29,7 +31,8 @@ def register(name, schema, fake, **bodies):
         _LIBRARY.define(f"{name}.{backend}{schema}")
         if body is not COMPILED:
             _LIBRARY.impl(f"{name}.{backend}", _outside_autocast(body), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fuseer::{name}.{backend}", fake, lib=_LIBRARY)
+        fake_of_backend = fake.get(backend, fake[None]) if isinstance(fake, dict) else fake
+        torch.library.register_fake(f"fuseer::{name}.{backend}", fake_of_backend, lib=_LIBRARY)
         overloads[backend] = getattr(getattr(torch.ops.fuseer, name), backend)
     return overloads
 

@@ -94,12 +94,12 @@ int64_t images_of_a_thread(const Crops& crops) {
   return 1 + kThreadScores / (crops.v * crops.k);
 }
 
-// Potentials [A, K] in nats as base-2 high rows, then low rows, as the code kernels take them.
+// Potentials [A, K], float64, in nats as base-2 high rows, then low rows, as the code kernels take them.
 template <typename T>
 std::vector<T> in_powers_of_two(const at::Tensor& potentials) {
   const int64_t codes = potentials.size(0), k = potentials.size(1), width = padded(k);
   std::vector<T> both(2 * codes * width, T(0));
-  const T* x = potentials.const_data_ptr<T>();
+  const double* x = potentials.const_data_ptr<double>();
   for (int64_t a = 0; a < codes; ++a) {
     for (int64_t j = 0; j < width; ++j) {
       const double v = j < k ? x[a * k + j] * kPowersPerNat : kAbsent<double>;
@@ -149,7 +149,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(at::TensorLis
   const auto found = potentials_of<T>(crops, type, stored, assign, epsilon, iterations, group_name, scale);
   const at::Tensor potentials = found->in_nats();
   const int64_t codes = static_cast<int64_t>(assign.size());
-  at::Tensor statistics = at::empty({crops.v + codes, crops.b, 2}, potentials.scalar_type());
+  at::Tensor statistics = at::empty({crops.v + codes, crops.b, 2}, c10::CppTypeToScalarType<T>::value);
   auto* row_statistics = reinterpret_cast<RowStatistics<T>*>(statistics.mutable_data_ptr<T>());
   std::vector<double> charged(crops.b);
   at::parallel_for(0, crops.b, images_of_a_thread(crops), [&](int64_t begin, int64_t end) {
@@ -173,7 +173,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(at::TensorLis
   for (const double of_image : charged) {
     sum += of_image;
   }
-  at::Tensor loss = at::empty({}, potentials.scalar_type()), factor = at::empty({}, potentials.scalar_type());
+  at::Tensor loss = at::empty({}, statistics.scalar_type()), factor = at::empty({}, statistics.scalar_type());
   *loss.mutable_data_ptr<T>() = static_cast<T>(scale * sum / static_cast<double>(codes * (crops.v - 1)));
   *factor.mutable_data_ptr<T>() = static_cast<T>(scale);
   return {loss, potentials, statistics, factor};

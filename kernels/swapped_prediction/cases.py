@@ -5,6 +5,8 @@ import torch
 from fuseer.kernels.testing import Case
 
 DIFFERENTIABLE = ("scores",)
+# of what a backend keeps for its gradient, what is wider than the arithmetic
+KEPT_IN_FLOAT64 = {"cpu": ("potentials",)}
 
 
 def _case(v, b, k, *, q=None, assign=(0, 1), iterations=3, scale=1.0):

@@ -19,6 +19,12 @@ def _fake(scores, queue_scores, assign, epsilon, iterations, temperature, group_
     return loss, loss.new_empty((len(assign), K)), loss.new_empty((V + len(assign), B, 2)), loss.new_empty(())
 
 
+def _fake_cpu(scores, *options):
+    """The CPU keeps its potentials in float64: at scores of 100 one float32 would round them by 1e-4."""
+    loss, potentials, *kept = _fake(scores, *options)
+    return loss, potentials.double(), *kept
+
+
 def _fake_backward(dloss, scores, potentials, statistics, scale, assign, epsilon, temperature):
     return scores[0].new_empty(_sizes(scores))
 
@@ -41,7 +47,7 @@ RAW = dispatch.register(
     "swapped_prediction",
     "(Tensor[] scores, Tensor[] queue_scores, int[] assign, float epsilon, int iterations, float temperature, str group_name)"
     " -> (Tensor loss, Tensor potentials, Tensor statistics, Tensor scale)",
-    _fake,
+    {None: _fake, "cpu": _fake_cpu},
     triton=_triton.forward,
     cpu=dispatch.COMPILED,
     reference=_reference,

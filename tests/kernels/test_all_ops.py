@@ -101,8 +101,10 @@ def test_verdict_refuses_nan_and_sees_half_an_error():
 def test_everything_the_raw_op_returns_is_the_references(trial):
     actual, expected = trial.raw(), trial.but(backend="reference").raw()
     assert not red(trial.raw_verdicts(actual))
+    kept_wider = getattr(part(trial.op, "cases"), "KEPT_IN_FLOAT64", {}).get(trial.backend, ())
     for name, x in actual.items():
-        assert (x.dtype, x.shape, x.stride()) == (expected[name].dtype, expected[name].shape, expected[name].stride()), name
+        dtype = torch.float64 if name in kept_wider else expected[name].dtype
+        assert (x.dtype, x.shape, x.stride()) == (dtype, expected[name].shape, expected[name].stride()), name
 
 
 @over(trials(SOME_DTYPES[:2], quick))

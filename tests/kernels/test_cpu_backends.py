@@ -39,7 +39,7 @@ def test_any_number_of_threads(trial):
 def processes():
     """A process for every instruction set, two at a time."""
     with ThreadPoolExecutor(2) as pool:
-        yield {capability: pool.submit(tested_on, capability) for capability in REACHED}
+        yield {capability: pool.submit(under, capability) for capability in REACHED}
 
 
 @pytest.mark.skipif(extension.load() is None, reason="no C++ extension here")
@@ -49,7 +49,7 @@ def test_every_instruction_set(processes, capability):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
-def tested_on(capability):
+def under(capability):
     """Every verdict of every op on the CPU, in a process of that instruction set whose fresh memory is full of 0x7f."""
     program = (
         f"import sys, torch, pytest; assert torch.backends.cpu.get_cpu_capability() == {capability!r};sys.exit(pytest.main(sys.argv[1:]))"
