@@ -30,7 +30,7 @@ def fastest(programs: dict[str, tuple], names: tuple) -> tuple | None:
 
 
 def table(root: Path = ROOT) -> str:
-    """One line per case, everything as a CUDA graph where it can be one."""
+    """One line per case, eager's programs and ours as CUDA graphs where they can be, compiled ones as calls."""
     lines = ["| op | case | ours | eager | torch.compile | third party | speed-up | of the floor |", "|---" * 8 + "|"]
     for (op, case), programs in printed(root / "benchmarks" / "results" / "h100.txt").items():
         ours, eager, compiled = (fastest(programs, names) for names in (OURS, EAGER, COMPILED))

@@ -71,10 +71,11 @@ def refusal(**tensors):
 def refusal_of_lists(**lists):
     """Why Triton does not take these lists of tensors, all on one device, in words; None where it does."""
     for name, tensors in lists.items():
-        for i in sorted({0, *(i for i, x in enumerate(tensors) if x.dtype == torch.float64)}) if tensors else ():
-            reason = refusal(**{f"{name}[{i}]": tensors[i]})
-            if reason is not None:
-                return reason
+        for i, x in enumerate(tensors):
+            if i == 0 or x.dtype == torch.float64:
+                reason = refusal(**{f"{name}[{i}]": x})
+                if reason is not None:
+                    return reason
     return None
 
 

@@ -106,6 +106,11 @@ def ids(op, name, value, bound):
         indices_within(op, name, value, bound)
 
 
+def patch_ids(op, name, value, images, patch):
+    """Refuse ids, as `ids` does, of no patch of images [B, C, H, W]."""
+    ids(op, name, value, (images.shape[2] // patch) * (images.shape[3] // patch))
+
+
 def permutations(op, name, value):
     """Refuse rows [B, P] that are no permutations of 0..P-1, where `ids` would look."""
     if dispatch.indices_are_checked(value.device):

@@ -18,17 +18,13 @@ def _fake_backward(dout, images, ids, patch):
 
 
 def _reference(images, ids, patch):
-    _check_ids(images, ids, patch)
+    checks.patch_ids("gather_patches", "ids", ids, images, patch)
     return reference.gather_patches(images.detach(), ids, patch).contiguous()
 
 
 def _reference_backward(dout, images, ids, patch):
-    _check_ids(images, ids, patch)
+    checks.patch_ids("gather_patches", "ids", ids, images, patch)
     return dispatch.differentiated(reference.gather_patches)(dout, images, ids, patch)
-
-
-def _check_ids(images, ids, patch):
-    checks.ids("gather_patches", "ids", ids, (images.shape[2] // patch) * (images.shape[3] // patch))
 
 
 RAW = dispatch.register(

@@ -18,7 +18,7 @@ def unsupported(pred, images, ids_masked, patch, normalize, reduction):
 
 def forward(pred, images, ids_masked, patch, normalize, reduction):
     """The loss and statistics [B, M, 2], as reference.py says. Masked pixels and predictions are read once; a patch outside is NaN."""
-    checks.ids("masked_patch_mse", "ids_masked", ids_masked, patches(images, patch))
+    checks.patch_ids("masked_patch_mse", "ids_masked", ids_masked, images, patch)
     B, M = ids_masked.shape
     loss = torch.empty((B, M), dtype=torch.float32, device=pred.device)
     statistics = loss.new_empty((B, M, 2))
@@ -31,7 +31,7 @@ def forward(pred, images, ids_masked, patch, normalize, reduction):
 
 def backward(dloss, pred, images, ids_masked, statistics, patch, normalize, reduction):
     """dpred. One launch: masked pixels and predictions are read once, every row of dpred is written once; ids are read by every block."""
-    checks.ids("masked_patch_mse", "ids_masked", ids_masked, patches(images, patch))
+    checks.patch_ids("masked_patch_mse", "ids_masked", ids_masked, images, patch)
     dpred = pred.new_empty(pred.shape)
     B, rows, n = pred.shape
     scale = 2.0 / n / (ids_masked.numel() if reduction == "mean" else 1)

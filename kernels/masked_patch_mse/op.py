@@ -88,8 +88,8 @@ def masked_patch_mse(pred, images, ids_masked, *, patch, normalize=True, reducti
 
 def _check_sizes(pred, images, ids_masked, patch):
     """Refuse predictions that are neither those of all patches nor those of the masked ones."""
-    B, C, height, width = images.shape
-    P, M, n = (height // patch) * (width // patch), ids_masked.shape[1], patch * patch * C
+    B, C, *_ = images.shape
+    P, M, n = reference.patches(images, patch), ids_masked.shape[1], patch * patch * C
     if tuple(pred.shape) not in ((B, P, n), (B, M, n)):
         wanted = f"[B, P, n] = {[B, P, n]} or [B, M, n] = {[B, M, n]}, n = patch * patch * C"
         raise ValueError(f"masked_patch_mse: pred must be {wanted}; got {list(pred.shape)}")

@@ -22,7 +22,7 @@ def masked_patch_mse(pred, images, ids_masked, patch, normalize, reduction):
 
 def forward(pred, images, ids_masked, patch, normalize, reduction):
     """The loss with what its gradient needs: statistics [B, M, 2], mean and 1/deviation of each target's pixels; unnormalised 0 and 1."""
-    checks.ids("masked_patch_mse", "ids_masked", ids_masked, patches(images, patch))
+    checks.patch_ids("masked_patch_mse", "ids_masked", ids_masked, images, patch)
     loss = masked_patch_mse(pred, images, ids_masked, patch, normalize, reduction)
     if not normalize:
         return loss, loss.new_tensor([0.0, 1.0]).expand(*ids_masked.shape, 2)

@@ -20,7 +20,7 @@ def forward(images, weight, bias, ids_keep, pos_embed, mean, std):
     """out [B, keep, D]; an id that is no patch gives a row of NaN."""
     D = len(weight)
     out = weight.new_empty((*ids_keep.shape, D), dtype=reference.out_dtype(weight, pos_embed))
-    _check_ids(images, weight, ids_keep)
+    checks.patch_ids("patch_embed_visible", "ids_keep", ids_keep, images, weight.shape[3])
     with torch.cuda.device_of(images):
         options, R = tile(weight, ids_keep.numel()), ids_keep.numel()
         arguments = (*_visible(images, weight, ids_keep, mean, std), weight.reshape(D, -1).contiguous())
@@ -35,7 +35,7 @@ def backward(dout, images, weight, bias, ids_keep, pos_embed, mean, std):
     D, K, R = len(weight), weight[0].numel(), ids_keep.numel()
     dweight = weight.new_empty(weight.shape)
     dbias, dpositions = (weight.new_empty(0) if x is None else x.new_empty(x.shape) for x in (bias, pos_embed))
-    _check_ids(images, weight, ids_keep)
+    checks.patch_ids("patch_embed_visible", "ids_keep", ids_keep, images, weight.shape[3])
     with torch.cuda.device_of(images):
         options, padded = tile(weight, R), _constants(weight)["LINES"] * _constants(weight)["PAD"]
         target = _tl.target(images.device)
@@ -99,11 +99,6 @@ def _visible(images, weight, ids_keep, mean, std):
 def _strided(x, axes):
     """Pointer and strides of an optional tensor."""
     return (None, *axes * (0,)) if x is None else (x, *x.stride())
-
-
-def _check_ids(images, weight, ids_keep):
-    p = weight.shape[3]
-    checks.ids("patch_embed_visible", "ids_keep", ids_keep, (images.shape[2] // p) * (images.shape[3] // p))
 
 
 @triton.jit

@@ -19,14 +19,14 @@ def _fake_backward(dout, images, weight, bias, ids_keep, pos_embed, mean, std):
 
 
 def _reference(images, weight, bias, ids_keep, pos_embed, mean, std):
-    _check_ids(images, weight, ids_keep)
+    checks.patch_ids("patch_embed_visible", "ids_keep", ids_keep, images, weight.shape[3])
     wide = [_widened(x, weight) for x in (weight, bias, ids_keep, pos_embed, mean, std)]
     out = reference.patch_embed_visible(reference.rounded(images, weight), *wide)
     return out.to(reference.out_dtype(weight, pos_embed)).contiguous()
 
 
 def _reference_backward(dout, images, weight, bias, ids_keep, pos_embed, mean, std):
-    _check_ids(images, weight, ids_keep)
+    checks.patch_ids("patch_embed_visible", "ids_keep", ids_keep, images, weight.shape[3])
     mean, std = (_widened(x, weight) for x in (mean, std))
 
     def out(weight, bias, pos_embed):
@@ -38,11 +38,6 @@ def _reference_backward(dout, images, weight, bias, ids_keep, pos_embed, mean, s
 
 def _widened(x, weight):
     return x.detach().to(dispatch.compute_dtype(weight.dtype)) if x is not None and x.is_floating_point() else x
-
-
-def _check_ids(images, weight, ids_keep):
-    p = weight.shape[-1]
-    checks.ids("patch_embed_visible", "ids_keep", ids_keep, (images.shape[2] // p) * (images.shape[3] // p))
 
 
 RAW = dispatch.register(
