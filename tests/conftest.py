@@ -1,6 +1,16 @@
 """What do tests of several folders share, made once in a session?"""
 
+import os
+import tempfile
+
 import pytest
+
+
+def pytest_configure(config):
+    """Inductor keys its cache on disk by the graph, not by an op's fake: what an older one compiled would fail here."""
+    folder = tempfile.TemporaryDirectory(prefix="fuseer-inductor-", ignore_cleanup_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
+    config.add_cleanup(folder.cleanup)
 
 
 @pytest.fixture(scope="session")
