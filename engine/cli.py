@@ -129,7 +129,8 @@ def _pretrain(options: dict[str, str]) -> int:
     from fuseer.engine import distributed
     from fuseer.engine.log import say
     from fuseer.engine.report import write_report
-    from fuseer.engine.train import resolved, train
+    from fuseer.engine.run import resolved
+    from fuseer.engine.train import train
 
     try:
         out = Path(options["out"]).resolve()

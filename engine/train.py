@@ -10,58 +10,31 @@ if __name__ == "__main__":  # the thread settings must stand before torch loads
 import json
 import platform
 import time
-from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from fuseer.engine import checkpoint, distributed
+from fuseer.engine import distributed
 from fuseer.engine.config import TrainConfig
 from fuseer.engine.data.sheet import crop_sheet
-from fuseer.engine.data.sources import Reader, SampleIndex, open_source, shown
-from fuseer.engine.data.view import Loader
+from fuseer.engine.data.sources import shown
 from fuseer.engine.distributed import Ranks
 from fuseer.engine.evaluate.probe import KnnProbe
 from fuseer.engine.log import RunLog, say
-from fuseer.engine.methods.method import Ground, Method
 from fuseer.engine.models.backbone import initial_backbone
 from fuseer.engine.monitor import Monitor
-from fuseer.engine.optim import build_optimizer
-from fuseer.engine.partitions import forget_gradients, gathered, layout, shape_of
+from fuseer.engine.partitions import forget_gradients, gathered, shape_of
+from fuseer.engine.resume import agree_on_folder, save, take_back
+from fuseer.engine.run import Run, build, resolved
 from fuseer.engine.schedule import warmup_cosine, warmup_milestones
-from fuseer.engine.teacher import Teachers
 
-# What may differ when a run goes on. The learning rate follows a new length; nothing else here changes what a step computes.
-FREE_ON_RESUME = {"steps", "epochs", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "zero_stage"} | {
-    "knn", "linear", "finetune"
-}
-FREE_DATA = {"path", "threads", "prefetch_batches", "max_broken_share"}
 PACKAGES = ("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "torchvision", "timm", "numpy", "safetensors")
 # a loss scale that starts at 2^16 has come down to 1 after 17 skipped steps: who skips more in a row does not recover
 SKIPPED_IN_A_ROW = 50
-
-
-@dataclass
-class Run:
-    """Everything that one step touches. `skipped_steps` had gradients that were not finite and changed nothing: they count no step."""
-
-    config: TrainConfig
-    ranks: Ranks
-    method: Method
-    teachers: Teachers
-    engine: object
-    optimizer: torch.optim.Optimizer
-    reader: Reader
-    loader: Loader
-    index: SampleIndex
-    total_steps: int
-    warmup_steps: int
-    skipped_steps: int = 0
 
 
 def train(config: TrainConfig, out: Path, *, resume: bool = False) -> None:
@@ -70,9 +43,9 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> None:
     A folder that already holds a run is refused unless `resume`, which goes on from its newest complete checkpoint.
     """
     config, ranks = resolved(config), distributed.start()
-    _agree_on_folder(config, out, ranks, resume)
+    agree_on_folder(config, out, ranks, resume)
     run = build(config, ranks)
-    first = _take_back(run, out) if resume else 0
+    first = take_back(run, out) if resume else 0
     if ranks.is_first:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(config.to_json())
@@ -86,61 +59,6 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> None:
     finally:
         log.close()
         run.loader.close()
-
-
-def resolved(config: TrainConfig) -> TrainConfig:
-    """`config` with data.pipeline=auto replaced by what is here, so that a run never goes on with other pixels in silence."""
-    if config.data.pipeline != "auto":
-        return config
-    name = "dali" if find_spec("nvidia") and find_spec("nvidia.dali") else "torchvision"
-    return config.model_copy(update={"data": config.data.model_copy(update={"pipeline": name})})
-
-
-def build(config: TrainConfig, ranks: Ranks) -> Run:
-    """Source, loader, method and DeepSpeed engine of a run; the same weights on every rank."""
-    source = open_source(config.data.path, split="train")
-    index = SampleIndex(len(source), config.batch_size, config.seed, ranks.rank, ranks.world_size, config.accumulation_steps)
-    reader = Reader(source, config.data.max_broken_share, config.seed)
-    total = config.steps or max(1, round(config.epochs * index.steps_per_epoch))
-    method = build_method(config, ranks, total)
-    optimizer = build_optimizer(method, config.optim)
-    teachers = Teachers(method)  # before ZeRO 3 takes the weights apart
-    engine = distributed.initialize_deepspeed(method, optimizer, config, ranks.world_size)
-    zero = engine.optimizer if config.zero_stage else None
-    optimizer.bind(layout(method, zero), ranks.group, partitioned=zero is not None)
-    teachers.follow(optimizer, ranks.group)
-    warmup = config.optim.warmup_steps + round(config.optim.warmup_epochs * index.steps_per_epoch)
-    loader = build_loader(config, reader, index, method, ranks)
-    torch.manual_seed(config.seed + ranks.rank)  # weights were equal on all ranks; what is random in training must not be
-    return Run(config, ranks, method, teachers, engine, optimizer, reader, loader, index, total, warmup)
-
-
-def build_method(config: TrainConfig, ranks: Ranks, total_steps: int = 0) -> Method:
-    """The method with its backbone at initialisation, decided by the seed alone; without its teachers."""
-    norm_group = distributed.norm_group(ranks, config.model.sync_norm_ranks)
-    backbone = initial_backbone(config, norm_group)
-    batch = distributed.micro_batch(config, ranks.world_size)
-    ground = Ground(backbone, ranks.group, norm_group, ranks.rank, ranks.world_size, batch, total_steps)
-    return config.method.build(ground).to(ranks.device)
-
-
-def build_loader(config: TrainConfig, reader: Reader, index: SampleIndex, method: Method, ranks: Ranks) -> Loader:
-    """The configured pipeline; both draw the same parameters and return the same views up to the rounding of pixels."""
-    if config.data.pipeline == "dali":
-        from fuseer.engine.data.dali import DaliLoader as Pipeline
-    else:
-        from fuseer.engine.data.torchvision import TorchvisionLoader as Pipeline
-    return Pipeline(
-        reader,
-        index,
-        method.views,
-        mean=config.data.mean,
-        std=config.data.std,
-        seed=config.seed,
-        device=ranks.device,
-        threads=config.data.threads or distributed.threads_per_rank(ranks.local_world_size),
-        prefetch_batches=config.data.prefetch_batches,
-    )
 
 
 def _loop(run: Run, out: Path, log: RunLog, first: int) -> None:
@@ -182,7 +100,7 @@ def _loop(run: Run, out: Path, log: RunLog, first: int) -> None:
             _name_broken(run, log, done, named)
         if done == run.total_steps or (config.checkpoint_every_steps and done % config.checkpoint_every_steps == 0):
             with log.paused():
-                _save(run, out, done)
+                save(run, out, done)
         if probe and (done % config.knn.every_steps == 0 or done == run.total_steps):
             with log.paused():
                 backbone = _whole_backbone(run)
@@ -220,20 +138,6 @@ def _whole_backbone(run: Run) -> nn.Module | None:
     return whole
 
 
-def _save(run: Run, out: Path, step: int) -> None:
-    source = run.reader.source
-    checkpoint.save(
-        out / "ckpt",
-        step,
-        method=run.method,
-        teachers=run.teachers,
-        optimizer=run.optimizer,
-        ranks=run.ranks,
-        meta={"source": source.fingerprint(), "images": len(source), "skipped_steps": run.skipped_steps},
-        keep=run.config.keep_checkpoints,
-    )
-
-
 def _set_lr(run: Run, step: int) -> float:
     optim, epoch = run.config.optim, run.index.steps_per_epoch
     rise = {"warmup_steps": run.warmup_steps, "start": optim.start_lr, "peak": optim.lr}
@@ -265,52 +169,6 @@ def _name_broken(run: Run, log: RunLog, step: int, named: set[str]) -> None:
             named.add(path)
             say(f"skipped a broken image: {shown(path)}: {reason}")
             log.event("broken", step, file=shown(path), reason=reason)
-
-
-def _agree_on_folder(config: TrainConfig, out: Path, ranks: Ranks, resume: bool) -> None:
-    """Checks the run folder on the first rank, and has all ranks agree on the outcome."""
-    refusal = [_folder_refusal(config, out, resume) if ranks.is_first else None]
-    dist.broadcast_object_list(refusal, device=torch.device("cpu"))
-    if refusal[0]:
-        raise ValueError(refusal[0])
-
-
-def _folder_refusal(config: TrainConfig, out: Path, resume: bool) -> str | None:
-    if out.exists() and not out.is_dir():
-        return f"out={out} is a file; name a folder"
-    if not resume:
-        if (out / "config.json").exists():
-            return f"out={out} already holds a run; add resume=true to go on with it, or name another folder"
-        return None
-    if not (out / "config.json").exists():
-        return f"resume: {out} holds no run; leave resume=true out to start one"
-    before, now = json.loads((out / "config.json").read_text()), config.model_dump(mode="json")
-    for tree in (before, now):
-        tree["data"] = {key: value for key, value in tree["data"].items() if key not in FREE_DATA}
-    changed = [key for key in now if key not in FREE_ON_RESUME and now[key] != before.get(key)]
-    if changed:
-        key = changed[0]
-        was, is_now = json.dumps(before.get(key)), json.dumps(now[key])
-        return f"resume: {key} was {was} when the run began and is now {is_now}; keep it, or start a new run"
-    return None
-
-
-def _take_back(run: Run, out: Path) -> int:
-    place = checkpoint.latest(out / "ckpt")
-    meta = checkpoint.read_meta(place)
-    source = run.reader.source
-    if "source" not in meta:
-        raise ValueError(f"resume: {place} holds imported weights and no optimizer state; it can be evaluated, fine-tuned and exported")
-    if meta["source"] != source.fingerprint():
-        raise ValueError(
-            f"resume: the images have changed since {place.name} ({meta['images']} then, {len(source)} now, or other names); "
-            "the sample order would not go on; start a new run"
-        )
-    checkpoint.load(place, method=run.method, teachers=run.teachers, optimizer=run.optimizer, ranks=run.ranks)
-    if meta["step"] >= run.total_steps:
-        raise ValueError(f"resume: {out} is already at step {meta['step']} of {run.total_steps}; raise steps or epochs to train on")
-    run.skipped_steps = meta["skipped_steps"]
-    return meta["step"]
 
 
 def _in_words(run: Run) -> str:

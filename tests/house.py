@@ -17,6 +17,8 @@ FLOORS = (
     ("methods",),
     ("recipes",),
     ("evaluate",),
+    ("run",),
+    ("resume",),
     ("train", "plan", "export", "imports", "report", "doctor"),
     ("cli",),
 )

@@ -20,7 +20,7 @@ from fuseer.engine.methods.swav import SwAVConfig
 from fuseer.engine.optim import build_optimizer
 from fuseer.engine.partitions import layout
 from fuseer.engine.recipes import tiny_swav
-from fuseer.engine.train import build_method
+from fuseer.engine.run import build_method
 from fuseer.kernels.functional import swapped_prediction
 
 

@@ -284,8 +284,8 @@ def test_what_cannot_be_exported_is_refused_in_words(tmp_path, capsys):
 
 def test_imported_weights_do_not_resume(tmp_path):
     _, run = imported(tmp_path, "full")
-    from fuseer.engine.train import _take_back
+    from fuseer.engine.resume import take_back
 
     with pytest.raises(ValueError, match="holds imported weights and no optimizer state"):
-        _take_back(argparse.Namespace(reader=argparse.Namespace(source=None)), run)
+        take_back(argparse.Namespace(reader=argparse.Namespace(source=None)), run)
     assert apply_overrides(saved_config(run), {"steps": "3", "epochs": "0"}).steps == 3

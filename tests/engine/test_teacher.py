@@ -13,9 +13,10 @@ from fuseer.engine.config import DataConfig
 from fuseer.engine.data.sources import open_source
 from fuseer.engine.methods.method import Ground, Method
 from fuseer.engine.models.backbone import build_backbone
+from fuseer.engine.run import build_method
 from fuseer.engine.schedule import half_cosine
 from fuseer.engine.teacher import Teachers
-from fuseer.engine.train import build_method, train
+from fuseer.engine.train import train
 from fuseer.kernels.functional import ema_update_
 from tests.taught import ALONE, CONFIG, SMALL, STEPS, B, Half, Toy, batch_of, build, flat, official_run, relative
 

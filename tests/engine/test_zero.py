@@ -18,8 +18,9 @@ from fuseer.engine.methods.method import Method
 from fuseer.engine.optim import LARS, VARIANTS, build_optimizer
 from fuseer.engine.partitions import forget_gradients, gathered, layout
 from fuseer.engine.recipes.recipe import load_recipe
+from fuseer.engine.run import build_method
 from fuseer.engine.teacher import Teachers
-from fuseer.engine.train import _whole_backbone, build_method
+from fuseer.engine.train import _whole_backbone
 from tests.ranks import on_ranks
 
 STEPS, B = 10, 12
