@@ -23,9 +23,10 @@ methods: setup
 	done
 	$(BIN)/python -m benchmarks.report $(METHODS:%=methods=runs/methods/%)
 
+# two files of tests at a time: most of them use one core
 test: setup
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import measure
+from benchmarks.engine import checkpoint, loader, saliency, seer_step, startup
 from benchmarks.run import OPS, part
 from benchmarks.runs import DEMOS, condense, condense_finetune, condense_methods, demo_table, finetune_table, method_table
 
@@ -144,6 +145,52 @@ def step_table(rows: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
+def fault_table(rows: list[dict]) -> str:
+    """One line per fault: which signal, where, and how many steps had to be done again."""
+    if not rows:
+        return ""
+    rows = sorted(grouped(rows, "device", "threads")[-1], key=lambda row: row["number"])
+    lines = ["| fault | signal | to rank | while it | at step | went on from | steps lost |", "|---" * 7 + "|"]
+    while_it = {"start": "started", "step": "stepped", "save": "saved"}
+    for row in rows:
+        cells = (row["number"], row["case"], row["rank"], while_it[row["phase"]], row["step"], row["resumed"], row["lost"])
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    row, kills = rows[-1], [row for row in rows if row["case"] == "SIGKILL"]
+    saving = sum(row["phase"] == "save" for row in kills)
+    stops, spent = len(rows) - len(kills), f"seed {row['seed']}, {row['seconds']} s"
+    budget = f"{row['steps']} steps on two ranks, saved every {row['every']}; {spent}"
+    told = (
+        f"{len(kills)} × SIGKILL, {saving} of them during a save, and {stops} × SIGTERM in a run of {budget}. Losses of every repetition "
+        f"and the last checkpoint are bitwise those of the run without faults. {on_machine(rows)}."
+    )
+    return "\n".join([*lines, "", told])
+
+
+def startup_table(rows: list[dict]) -> str:
+    return "\n\n".join(f"{startup.table(machine)}\n\n{on_machine(machine)}." for machine in grouped(rows, "device"))
+
+
+def checkpoint_table(rows: list[dict]) -> str:
+    return "\n\n".join(f"{checkpoint.table(machine)}\n\n{on_machine(machine)}." for machine in grouped(rows, "device", "threads"))
+
+
+def loader_table(speeds: list[dict], memory: list[dict]) -> str:
+    parts = [f"{loader.table(machine)}\n\n{on_machine(machine)}." for machine in grouped(speeds, "device")]
+    for row in memory:
+        after = ", ".join(f"{megabytes:.0f}" for megabytes in row["megabytes"])
+        told = f"{row['case']} of {row['images']} images, {row['program']}: {after} MB resident after every tenth of them"
+        parts.append(f"{told}; grown by {row['grown']:g} MB (median of the last three over that of the second to fourth).")
+    return "\n\n".join(parts)
+
+
+def seer_table(rows: list[dict]) -> str:
+    return "\n\n".join(f"{seer_step.table(machine)}\n\n{on_machine(machine)}." for machine in grouped(rows, "device", "threads"))
+
+
+def saliency_table(rows: list[dict]) -> str:
+    return "\n\n".join(f"{saliency.table(machine)}\n\n{on_machine(machine)}." for machine in grouped(rows, "device"))
+
+
 def fill(text: str, marker: str, content: str) -> str:
     """`text` with what stands between <!-- marker --> and <!-- end marker --> replaced; as it was where there is nothing to say."""
     if not content:
@@ -171,6 +218,12 @@ def write(root: Path = ROOT) -> None:
     text = fill(text, "finetune", finetune_table(results))
     readme.write_text(fill(text, "kernels", kernel_table(rows) + picture if rows else ""), encoding="utf-8")
     text = fill(details.read_text(encoding="utf-8"), "programs", all_programs(rows))
+    text = fill(text, "startup", startup_table(measure.load(results / "startup.jsonl")))
+    text = fill(text, "checkpoints", checkpoint_table(measure.load(results / "checkpoint.jsonl")))
+    text = fill(text, "faults", fault_table(measure.load(results / "faults.jsonl")))
+    text = fill(text, "loader", loader_table(measure.load(results / "loader.jsonl"), measure.load(results / "loader_memory.jsonl")))
+    text = fill(text, "seer", seer_table(measure.load(results / "seer_step.jsonl")))
+    text = fill(text, "saliency", saliency_table(measure.load(results / "saliency.jsonl")))
     details.write_text(fill(text, "steps", step_table(measure.load(results / "step.jsonl"))), encoding="utf-8")
 
 

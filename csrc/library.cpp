@@ -111,6 +111,7 @@ TORCH_LIBRARY_IMPL(fuseer, CPU, m) {
   m.impl("nt_xent_gradient", fuseer::nt_xent_gradient_cpu);
   m.impl("nt_xent_alone", fuseer::nt_xent_alone_cpu);
   m.impl("info_nce_sums", fuseer::info_nce_sums_cpu);
+  m.impl("augment_pixels", fuseer::augment_pixels_cpu);
   m.impl("ema_update_.cpu", fuseer::ema_update_cpu);
   m.impl("lars_update_.cpu", fuseer::lars_update_cpu);
 }

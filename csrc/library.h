@@ -86,6 +86,10 @@ std::tuple<double, at::Tensor> info_nce_sums_cpu(const at::Tensor& query, const 
                                                  const std::optional<at::Tensor>& positive_index, double temperature, bool normalize,
                                                  bool gradient);
 
+// Flip, jitter, grey, blur, solarization and normalisation of uint8 views [B, 3, h, w] -> out, float32; see engine/data/pixels.py.
+void augment_pixels_cpu(const at::Tensor& pixels, const at::Tensor& steps, const at::Tensor& factors, const at::Tensor& taps,
+                        const at::Tensor& radii, const at::Tensor& scale, const at::Tensor& out);
+
 void ema_update_cpu(at::TensorList teacher, at::TensorList student, double momentum, const std::optional<at::Tensor>& momentum_scalar,
                     at::TensorList shadow);
 

@@ -1,91 +1,220 @@
-"""How does a run survive: what is saved, in which files, and how is it taken back?
+"""How does a run survive: when is what it saved complete, who says so, and which of its checkpoints is taken back?
 
-A checkpoint is a folder `ckpt/step_00001200/` of safetensors and JSON, keyed by parameter name, so that any ZeRO stage and number of
-ranks can load it, and loading never executes code. It is written beside its place and renamed when complete.
+A checkpoint is a folder `ckpt/step_00001200/` of safetensors that every rank writes for itself, keyed by parameter name, so that any ZeRO
+stage and number of ranks can load them, and of `meta.json`, their manifest. Loading never executes code.
 """
 
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections import deque
-from collections.abc import Iterator
-from contextlib import ExitStack
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import nn
 
-from fuseer.engine import tensor_file
+from fuseer.engine import shards, state
 from fuseer.engine.distributed import Ranks
-from fuseer.engine.partitions import Piece, shape_of
-from fuseer.engine.tensor_file import Entry
+from fuseer.engine.log import say
+from fuseer.engine.shards import Part, Shards
+from fuseer.engine.state import MODEL, OPTIMIZER, RNG, TEACHER
+from fuseer.engine.tensor_file import damage, flush_folder, lack, write_text
 
-FORMAT = 2
-MODEL, OPTIMIZER, TEACHER, RNG = "model.safetensors", "optimizer.safetensors", "teacher.safetensors", "rng.safetensors"
-INTEGERS = {4: torch.int32, 8: torch.int64}
+FORMAT = 3
+# format 2: whole tensors that the first rank had gathered, SHA-256
+READABLE = (2, FORMAT)
+PART, OLD = ".part_", ".old_"
 
 
-class _Kept(NamedTuple):
-    """A module, where this rank holds the fp32 numbers of its parameters, and its buffers that differ between ranks by design."""
+class Writer:
+    """Writes checkpoints, `background=True` in a thread of its own while training goes on; a context that ends when all are complete.
 
-    module: nn.Module
-    pieces_of: dict[str, list[Piece]]
-    partitioned: bool
-    sharded: dict[str, int]
+    The protocol, over all ranks: the first one makes a folder `.part_…` beside the place; every rank writes its own files there, has
+    them on the disk and tells their sizes, checksums and pieces; the first one checks that the pieces are the tensors, writes meta.json
+    last, has the folder on the disk, renames it to its place, points `latest` at it, and only then deletes older complete ones. Whoever
+    dies in between leaves the checkpoint before as it was. Errors are told to all ranks, which raise RuntimeError.
 
-    @property
-    def parameters(self) -> dict[str, tuple[str, nn.Parameter]]:
-        """Parameters under every name that they have, each with the first one, by which layouts call it."""
-        first = {parameter: name for name, parameter in self.module.named_parameters()}
-        return {name: (first[parameter], parameter) for name, parameter in self.module.named_parameters(remove_duplicate=False)}
+    In the background only the copy to the host's memory holds training up, as many bytes as this rank writes; the rest talks over a
+    gloo group of its own. One checkpoint is in flight at most: the next one waits for it. `seconds` is how long the last one took,
+    from the call to its completion.
+    """
+
+    def __init__(self, ranks: Ranks, *, background: bool = False):
+        self._ranks, self._background = ranks, background
+        self._group = dist.new_group(backend="gloo") if background and ranks.group is not None else ranks.group
+        self._thread: threading.Thread | None = None
+        self._error: RuntimeError | None = None
+        self.seconds: float | None = None
+
+    def save(self, folder: Path, step: int, *, method: nn.Module, optimizer, meta: dict, keep: int, teachers=None) -> Path:
+        """Writes checkpoint `step` below `folder`; every rank must call. `keep` are left, `meta` is any JSON to be read back.
+
+        Raises RuntimeError on all ranks where a rank cannot write or the ranks' pieces of a parameter are not the parameter; in the
+        background that comes with the next `check`, `save` or `finish`.
+        """
+        self.finish()
+        began = time.perf_counter()
+        parts = state.parts(method, optimizer, teachers, self._ranks)
+        facts = {"format": FORMAT, "step": step, "world_size": self._ranks.world_size, "counters": method.counters(), **meta}
+        if self._background:
+            parts = {kind: [part.kept() for part in own] for kind, own in parts.items()}
+            facts = json.loads(json.dumps(facts))
+
+        def write() -> None:
+            _write(folder, facts, parts, keep, self._ranks, self._group)
+            self.seconds = time.perf_counter() - began
+
+        if self._background:
+            self._thread = threading.Thread(target=self._caught, args=(write,), name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            write()
+        return folder / _name(step)
+
+    def check(self) -> None:
+        """Raises what the checkpoint in flight has met, if anything; costs nothing."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.finish()
+
+    def finish(self) -> None:
+        """Returns when no checkpoint is in flight. Raises what the last one met."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self.finish()
+        except RuntimeError:
+            # what ended the run is told, and not what it brought down with it
+            if kind is None:
+                raise
+
+    def _caught(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except (OSError, RuntimeError) as error:
+            self._error = RuntimeError(f"checkpoint: it was not completed in the background: {error}; the checkpoints before stand")
 
 
 def save(folder: Path, step: int, *, method: nn.Module, optimizer, ranks: Ranks, meta: dict, keep: int, teachers=None) -> Path:
-    """Writes checkpoint `step` below `folder`; every rank must call.
+    """`Writer.save`, complete when it returns."""
+    return Writer(ranks).save(folder, step, method=method, optimizer=optimizer, meta=meta, keep=keep, teachers=teachers)
 
-    Parameters and optimizer state are gathered by name to rank 0, tensor by tensor, and written as they come: fp32, from the optimizer's
-    own copy where the weights are half precision or, under ZeRO 3, in shards. BatchNorm statistics that ranks hold differently are saved
-    as their mean; buffers named in `method.sharded` are joined in rank order. `teachers` get a file of their own where there are any.
-    meta.json tells which rank held what. The newest `keep` checkpoints stay. Raises RuntimeError where the ranks' pieces of a parameter
-    are not the parameter.
-    """
-    kept = _kept(method, optimizer, teachers)
-    segments = {name: _segments(part, ranks) for name, part in kept.items()}
-    contents = {name: (_entries(part, ranks), _whole_model(part, segments[name], ranks)) for name, part in kept.items()}
-    contents[OPTIMIZER] = (_state_entries(method, optimizer), _whole_states(method, optimizer))
-    random = _gather_rng(ranks)
-    contents[RNG] = ([Entry(name, row.dtype, row.shape) for name, row in random.items()], iter(random.values()))
-    place, part = folder / f"step_{step:08d}", folder / f".part_{step:08d}"
-    if ranks.is_first:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    for name, (entries, tensors) in contents.items():
-        if ranks.is_first:
-            tensor_file.write(part / name, entries, tensors)
-            _flush(part / name)
+
+def _write(folder: Path, facts: dict, parts: dict[str, list[Part]], keep: int, ranks: Ranks, group: dist.ProcessGroup | None) -> None:
+    place, part = folder / _name(facts["step"]), folder / f"{PART}{facts['step']:08d}"
+    words = _outcome(lambda: _prepare(folder, part), folder, ranks) if ranks.is_first else None
+    _agree(words, ranks, group)
+    own: dict[str, dict] = {}
+
+    def write() -> None:
+        for kind, mine in parts.items():
+            if mine:
+                name, file = shards.write(part, kind, ranks.rank, ranks.world_size, mine)
+                own[name] = file
+
+    words = _outcome(write, part, ranks)
+    rows = {kind: [(row.name, row.shape, row.offset, row.numel) for row in mine] for kind, mine in parts.items()}
+    every = [(words, own, rows)]
+    if group is not None:
+        every = [None] * ranks.world_size if ranks.is_first else None
+        dist.gather_object((words, own, rows), every, dst=0, group=group)
+    words = _outcome(lambda: _complete(place, part, facts, every, keep), folder, ranks) if ranks.is_first else None
+    _agree(words, ranks, group)
+
+
+def _outcome(deed: Callable[[], None], where: Path, ranks: Ranks) -> str | None:
+    """What went wrong, in words, so that a rank can tell the others before it raises."""
+    try:
+        deed()
+    except OSError as error:
+        shared = "; all ranks must see this folder" if ranks.world_size > 1 and isinstance(error, FileNotFoundError) else ""
+        return f"rank {ranks.rank} could not write to {where}: {error.strerror or error}{shared}"
+    except (RuntimeError, TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _agree(words: str | None, ranks: Ranks, group: dist.ProcessGroup | None) -> None:
+    """Raises on all ranks what the first one has to say; nobody goes on before it has said so."""
+    told = [words]
+    if group is not None:
+        dist.broadcast_object_list(told, src=0, group=group, device=torch.device("cpu"))
+    if told[0]:
+        raise RuntimeError(f"checkpoint: {told[0]}; nothing was saved, the checkpoints before stand")
+
+
+def _prepare(folder: Path, part: Path) -> None:
+    """An empty `part`, and nothing left of runs that died while they wrote."""
+    if folder.is_dir():
+        _put_back(folder)
+        for stale in folder.glob(f"{PART}*"):
+            shutil.rmtree(stale)
+    part.mkdir(parents=True)
+
+
+def _put_back(folder: Path) -> None:
+    """Deletes what was to be deleted, but for a whole checkpoint that was moved out of the way of one that never came."""
+    for old in folder.glob(f"{OLD}*"):
+        place = folder / old.name.replace(OLD, "step_")
+        if _lacks(old) is None and not place.exists():
+            old.rename(place)
         else:
-            deque(tensors, maxlen=0)  # takes part in gathering
-    if ranks.is_first:
-        files = {name: {"bytes": (part / name).stat().st_size, "sha256": _sha256(part / name)} for name in contents}
-        facts = {"format": FORMAT, "step": step, "world_size": ranks.world_size, "counters": method.counters(), **meta}
-        _write(part / "meta.json", _json({**facts, "files": files, "segments": segments}))
-        shutil.rmtree(place, ignore_errors=True)
-        part.rename(place)
-        _flush(folder)
-        for old in complete(folder)[:-keep]:
             shutil.rmtree(old)
-    dist.barrier()
-    return place
+
+
+def _complete(place: Path, part: Path, facts: dict, every: list[tuple], keep: int) -> None:
+    """The first rank's deed: manifest, rename, pointer, retention; `every` is what all ranks have to tell."""
+    complaints = [words for words, _, _ in every if words]
+    files = {name: file for _, own, _ in every for name, file in own.items()}
+    try:
+        if complaints:
+            raise RuntimeError(complaints[0])
+        kinds = {kind: [(rank, rows[kind]) for rank, (_, _, rows) in enumerate(every)] for kind in every[0][2]}
+        tables = {kind: shards.table(rows) for kind, rows in kinds.items()}
+        # files of a process alone hold whole tensors and tell all that there is to know
+        tables = {"tensors": tables} if len(every) > 1 else {}
+        write_text(part / "meta.json", _json({**facts, "files": dict(sorted(files.items())), **tables}))
+        flush_folder(part)
+    except (OSError, RuntimeError):
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    folder, old = place.parent, place.parent / place.name.replace("step_", OLD)
+    if place.exists():
+        place.rename(old)
+    part.rename(place)
+    flush_folder(folder)
+    try:
+        write_text(folder / ".latest", place.name + "\n")
+        os.replace(folder / ".latest", folder / "latest")
+        _forget(place, keep)
+    except OSError as error:
+        say(f"checkpoint: {place} is complete, but an older one could not be deleted: {error}")
+
+
+def _forget(place: Path, keep: int) -> None:
+    """Deletes all but the newest `keep` checkpoints. What is newer than `place` was left behind by going back, and does not count."""
+    before = [path for path in complete(place.parent) if path.name < place.name]
+    for path in before[: max(0, len(before) - (keep - 1))]:
+        path.rename(path.parent / path.name.replace("step_", OLD))
+    for path in place.parent.glob(f"{OLD}*"):
+        shutil.rmtree(path)
 
 
 def complete(folder: Path) -> list[Path]:
     """Checkpoints below `folder` whose files all have the recorded size, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if _is_complete(path))
+    return sorted(path for path in folder.glob("step_*") if _lacks(path) is None)
 
 
 def latest(folder: Path) -> Path:
@@ -96,297 +225,127 @@ def latest(folder: Path) -> Path:
     return found[-1]
 
 
-def load(place: Path, *, method: nn.Module, optimizer, ranks: Ranks, teachers=None) -> dict:
+def newest_sound(folder: Path, ranks: Ranks) -> Path:
+    """The newest checkpoint whose files are all there and have their checksums; every rank must call, and all get the same one.
+
+    What is passed over is said, with the reason. The files are read once over all ranks. Raises ValueError where there is none.
+    """
+    names = [None]
+    if ranks.is_first and folder.is_dir():
+        _put_back(folder)
+        names = [sorted((path.name for path in folder.glob("step_*")), reverse=True)]
+    if ranks.group is not None:
+        dist.broadcast_object_list(names, src=0, device=torch.device("cpu"))
+    passed = []
+    for name in names[0] or []:
+        reason = _damage(folder / name, ranks)
+        if reason is None:
+            for words in passed if ranks.is_first else []:
+                say(f"checkpoint: passed over {words}; going on from {name}")
+            return folder / name
+        passed.append(f"{name}: {reason}")
+    lost = f" ({'; '.join(passed)})" if passed else ""
+    raise ValueError(f"checkpoint: {folder} holds no complete one{lost}, so there is nothing to go on from; start anew in another folder")
+
+
+def load(place: Path, *, method: nn.Module, optimizer, ranks: Ranks, teachers=None, checked: bool = False) -> dict:
     """Takes weights, buffers, teachers, optimizer state, counters and (with as many ranks as before) the generators back.
 
-    Every rank reads the files and takes its own pieces, whatever stage and number of ranks wrote them. Returns the meta data.
-
-    Raises ValueError when a file is damaged or its names and shapes are not those of this model.
+    Every rank must call, and reads of the files what it needs, whatever stage and number of ranks wrote them. `checked=True` after
+    `newest_sound`, which has read the checksums. Returns the meta data. Raises ValueError when a file is damaged or its names and shapes
+    are not those of this model.
     """
     meta = read_meta(place)
-    for name, facts in meta["files"].items():
-        if _sha256(place / name) != facts["sha256"]:
-            raise ValueError(f"checkpoint: {place / name} is damaged (its checksum differs); remove {place} to go back to the one before")
-    kept = _kept(method, optimizer, teachers)
-    with ExitStack() as stack:
-        files = {name: stack.enter_context(safe_open(place / name, "pt")) for name in meta["files"]}
-        _compare(files[MODEL], kept[MODEL], place, ranks)
-        _compare_teachers(files.get(TEACHER), kept.get(TEACHER), place, ranks)
-        _compare_optimizer(files[OPTIMIZER], optimizer, place)
-        for name, part in kept.items():
-            _take_model(files[name], part, ranks)
-        _take_states(files[OPTIMIZER], method, optimizer)
-        same_world = meta["world_size"] == ranks.world_size
-        method.load_counters(meta["counters"], same_world)
-        if same_world:
-            torch.set_rng_state(files[RNG].get_tensor(f"cpu.{ranks.rank}"))
-            if ranks.device.type == "cuda":
-                torch.cuda.set_rng_state(files[RNG].get_tensor(f"cuda.{ranks.rank}"))
+    if not checked and (reason := _damage(place, ranks)):
+        raise ValueError(f"checkpoint: {place}: {reason}; remove this folder to go back to the one before")
+    kept = state.kept_modules(method, optimizer, teachers)
+    files = {kind: Shards(place, meta, kind) for kind in (MODEL, OPTIMIZER, TEACHER) if _has(meta, kind)}
+    taught = files[TEACHER].shapes() if TEACHER in files else None
+    state.compare(files[MODEL].shapes(), kept[MODEL], place, ranks)
+    state.compare_teachers(taught, kept.get(TEACHER), place, ranks)
+    state.compare_optimizer(files[OPTIMIZER].shapes() if OPTIMIZER in files else {}, optimizer, place)
+    same_world = meta["world_size"] == ranks.world_size
+    own = Shards(place, meta, RNG) if same_world else None
+    for kind, part in kept.items():
+        state.take_module(files[kind], kind, part, ranks, own)
+    if OPTIMIZER in files:
+        state.take_optimizer(files[OPTIMIZER], method, optimizer)
+    method.load_counters(meta["counters"], same_world)
+    if own is not None:
+        state.take_generators(own, ranks)
     return meta
 
 
-def save_weights(folder: Path, state: dict[str, torch.Tensor], facts: dict) -> Path:
+def save_weights(folder: Path, tensors: dict[str, torch.Tensor], facts: dict) -> Path:
     """Writes checkpoint 0 below `folder` of weights alone, which were not trained here: for `load_weights`, not for `load`."""
-    place = folder / f"step_{0:08d}"
-    place.mkdir(parents=True)
-    tensor_file.write(place / MODEL, [Entry(name, value.dtype, tuple(value.shape)) for name, value in state.items()], iter(state.values()))
-    file = {"bytes": (place / MODEL).stat().st_size, "sha256": _sha256(place / MODEL)}
-    _write(place / "meta.json", _json({"format": FORMAT, "step": 0, "files": {MODEL: file}, **facts}))
+    place, part = folder / _name(0), folder / f"{PART}{0:08d}"
+    _prepare(folder, part)
+    _, file = shards.write(part, MODEL, 0, 1, [shards.whole(name, value) for name, value in tensors.items()])
+    write_text(part / "meta.json", _json({"format": FORMAT, "step": 0, "files": {MODEL: file}, **facts}))
+    flush_folder(part)
+    part.rename(place)
+    flush_folder(folder)
     return place
 
 
 def load_weights(place: Path, module: nn.Module, prefix: str) -> None:
     """Loads the part of a checkpoint's model whose names begin with `prefix`, strictly, into `module`; no ranks needed."""
-    read_meta(place)
-    with safe_open(place / MODEL, "pt") as file:
-        names = [name for name in list(file.keys()) if name.startswith(prefix)]
-        module.load_state_dict({name.removeprefix(prefix): file.get_tensor(name) for name in names})
+    module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in read(place, MODEL, prefix).items()})
+
+
+def read(place: Path, kind: str, prefix: str = "") -> dict[str, torch.Tensor]:
+    """{name: whole tensor} of a kind of a checkpoint, whoever wrote it, where names begin with `prefix`. Raises ValueError for damage."""
+    meta = read_meta(place)
+    for name, facts in meta["files"].items():
+        if re.sub(r"\.\d+\.", ".", name) == kind and (reason := damage(place / name, facts)):
+            raise ValueError(f"checkpoint: {place}: {reason}; remove this folder to go back to the one before")
+    files = Shards(place, meta, kind)
+    return {name: files.whole(name) for name in files.shapes() if name.startswith(prefix)}
 
 
 def read_meta(place: Path) -> dict:
     meta = json.loads((place / "meta.json").read_text())
-    if meta["format"] != FORMAT:
+    if meta["format"] not in READABLE:
         raise ValueError(
-            f"checkpoint: {place} has format {meta['format']}, this version reads {FORMAT}; go on with the version that wrote it"
+            f"checkpoint: {place} has format {meta['format']}, this version reads {' and '.join(map(str, READABLE))}; "
+            "go on with the version that wrote it"
         )
     return meta
 
 
-def _kept(method: nn.Module, optimizer, teachers) -> dict[str, _Kept]:
-    kept = {MODEL: _Kept(method, optimizer.pieces_of, optimizer.partitioned, method.sharded)}
-    if teachers is not None and teachers.state_dict():
-        kept[TEACHER] = _Kept(teachers, teachers.pieces_of, teachers.partitioned, {})
-    return kept
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
 
 
-def _segments(kept: _Kept, ranks: Ranks) -> dict[str, list[list[int]]]:
-    """{parameter: [[rank, number of its flat tensor, start there, offset in the parameter, length], …]} of all ranks; {} without ZeRO."""
-    if not kept.partitioned:
-        return {}
-    numbers: dict[torch.Tensor, int] = {}
-    own = [
-        (name, [ranks.rank, numbers.setdefault(piece.holder, len(numbers)), piece.start, piece.offset, piece.numel])
-        for name, pieces in kept.pieces_of.items()
-        for piece in pieces
-    ]
-    every = [None] * ranks.world_size
-    dist.all_gather_object(every, own)
-    segments: dict[str, list[list[int]]] = {}
-    for name, row in (row for part in every for row in part):
-        segments.setdefault(name, []).append(row)
-    parameters = dict(kept.module.named_parameters())
-    for name, rows in segments.items():
-        end = 0
-        for *_, offset, numel in sorted(rows, key=lambda row: row[3]):
-            if offset != end:
-                raise RuntimeError(f"checkpoint: of {name} element {min(offset, end)} is held by no rank or by several; nothing was saved")
-            end += numel
-        wanted = shape_of(parameters[name]).numel()
-        if end != wanted:
-            raise RuntimeError(f"checkpoint: of {name} the ranks hold {end} elements and it has {wanted}; nothing was saved")
-    return segments
+def _has(meta: dict, kind: str) -> bool:
+    return bool(meta.get("tensors", {}).get(kind)) or kind in meta["files"]
 
 
-def _entries(kept: _Kept, ranks: Ranks) -> list[Entry]:
-    """What the file of a module holds: parameters in at least fp32, buffers as they are."""
-    parameters, entries = kept.parameters, []
-    for name, tensor in kept.module.state_dict().items():
-        shape = list(tensor.shape)
-        if name in parameters:
-            entries.append(_entry_of(name, parameters[name][1]))
-            continue
-        if name in kept.sharded:
-            shape[kept.sharded[name]] *= ranks.world_size
-        entries.append(Entry(name, tensor.dtype, tuple(shape)))
-    return entries
-
-
-def _entry_of(name: str, parameter: nn.Parameter) -> Entry:
-    return Entry(name, torch.promote_types(parameter.dtype, torch.float32), tuple(shape_of(parameter)))
-
-
-def _whole_model(kept: _Kept, segments: dict[str, list[list[int]]], ranks: Ranks) -> Iterator[torch.Tensor]:
-    """The tensors of `_entries`, right on the first rank; every rank must go through all of them."""
-    parameters = kept.parameters
-    for name, tensor in kept.module.state_dict().items():
-        if name in parameters:
-            first, parameter = parameters[name]
-            pieces, entry = kept.pieces_of.get(first, []), _entry_of(name, parameter)
-            if parameter.dtype == entry.dtype and not hasattr(parameter, "ds_tensor"):
-                yield parameter
-            elif first in segments:
-                yield _sum_of(entry, [(piece.offset, piece.of(piece.holder)) for piece in pieces], parameter.device)
-            elif hasattr(parameter, "ds_tensor"):
-                yield _sum_of(entry, [_shard(parameter)], parameter.device)
-            else:
-                yield (pieces[0].holder if pieces else parameter).to(entry.dtype)
-        elif name in kept.sharded:
-            yield _join(tensor, kept.sharded[name], ranks)
-        elif tensor.is_floating_point() and ranks.world_size > 1:
-            mean = tensor.clone()
-            dist.all_reduce(mean)
-            yield mean / ranks.world_size
-        else:
-            yield tensor
-
-
-def _shard(parameter: nn.Parameter) -> tuple[int, torch.Tensor]:
-    """Where this rank's shard of a parameter under ZeRO 3 begins, and the shard without its padding."""
-    begin = min(parameter.ds_tensor.numel() * parameter.ds_zero_partition_rank, parameter.ds_numel)
-    return begin, parameter.ds_tensor.narrow(0, 0, min(parameter.ds_tensor.numel(), parameter.ds_numel - begin))
-
-
-def _sum_of(entry: Entry, parts: list[tuple[int, torch.Tensor]], device: torch.device) -> torch.Tensor:
-    """The whole tensor on the first rank, of what every rank has of it: flat parts and where they begin."""
-    full = torch.zeros(torch.Size(entry.shape).numel(), dtype=entry.dtype, device=device)
-    for begin, part in parts:
-        full.narrow(0, begin, part.numel()).copy_(part)
-    # bits of one rank meet zeros of the others: as integers they stay what they are, -0.0 and NaN included
-    dist.reduce(full.view(INTEGERS[entry.dtype.itemsize]), 0)
-    return full.view(entry.shape)
-
-
-def _join(tensor: torch.Tensor, dim: int, ranks: Ranks) -> torch.Tensor:
-    parts = [torch.empty_like(tensor) for _ in range(ranks.world_size)]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts, dim)
-
-
-def _state_entries(method: nn.Module, optimizer) -> list[Entry]:
-    """What the optimizer's file holds: {state/parameter}, counts as scalars."""
-    return [
-        Entry(f"{key}/{name}", torch.float32, ()) if key == "step" else _entry_of(f"{key}/{name}", parameter)
-        for name, parameter in method.named_parameters()
-        for key in optimizer.state_names
-    ]
-
-
-def _whole_states(method: nn.Module, optimizer) -> Iterator[torch.Tensor]:
-    """The tensors of `_state_entries`, right on the first rank; every rank must go through all of them."""
-    entries = iter(_state_entries(method, optimizer))
-    for name, parameter in method.named_parameters():
-        pieces = optimizer.pieces_of.get(name, [])
-        for key in optimizer.state_names:
-            entry, states = next(entries), [optimizer.state[piece.holder][key] for piece in pieces]
-            if key == "step":
-                count = states[0].to(parameter.device, torch.float32, copy=True) if states else torch.zeros((), device=parameter.device)
-                if optimizer.partitioned:
-                    dist.all_reduce(count, op=dist.ReduceOp.MAX)
-                yield count
-            elif optimizer.partitioned:
-                parts = [(piece.offset, piece.of(state)) for piece, state in zip(pieces, states, strict=True)]
-                yield _sum_of(entry, parts, parameter.device)
-            else:
-                yield states[0].to(entry.dtype) if states else torch.zeros(entry.shape, dtype=entry.dtype)
-
-
-def _gather_rng(ranks: Ranks) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if ranks.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state()
-    joined = {name: _join(state.to(ranks.device).unsqueeze(0), 0, ranks).cpu() for name, state in states.items()}
-    return {f"{name}.{rank}": row for name, rows in joined.items() for rank, row in enumerate(rows)}
-
-
-def _compare(file, kept: _Kept, place: Path, ranks: Ranks) -> None:
-    saved, own = set(file.keys()), {entry.name: entry for entry in _entries(kept, ranks)}
-    strange, missing = sorted(saved - own.keys()), sorted(own.keys() - saved)
-    if strange or missing:
-        raise ValueError(f"checkpoint: {place} is of another model; it lacks {missing[:3]} and has {strange[:3]} besides")
-    for name in sorted(saved):
-        there, here = list(file.get_slice(name).get_shape()), list(own[name].shape)
-        if name not in kept.sharded and there != here:
-            raise ValueError(f"checkpoint: {name} is {there} in {place} and {here} in this model")
-        if name in kept.sharded and there[kept.sharded[name]] < here[kept.sharded[name]]:
-            dim = kept.sharded[name]
-            raise ValueError(f"checkpoint: {name} has {there[dim]} rows, {here[dim]} are wanted; keep its length when resuming")
-
-
-def _compare_teachers(file, kept: _Kept | None, place: Path, ranks: Ranks) -> None:
-    if (file is None) != (kept is None):
-        keys = file.keys() if file is not None else kept.module.state_dict()
-        names = ", ".join(sorted({name.partition(".")[0] for name in keys}))
-        has, wants = ("a teacher", "none") if file is not None else ("no teacher", "one")
-        raise ValueError(f"checkpoint: {place} holds {has} and this method has {wants} ({names}); keep the method, or start anew")
-    if file is not None:
-        _compare(file, kept, place, ranks)
-
-
-def _compare_optimizer(file, optimizer, place: Path) -> None:
-    kinds = sorted({key.partition("/")[0] for key in list(file.keys())})
-    if kinds != optimizer.state_names:
-        raise ValueError(
-            f"checkpoint: {place} holds the optimizer state {kinds}, this optimizer has {optimizer.state_names}; keep optim.name"
-        )
-
-
-@torch.no_grad()
-def _take_model(file, kept: _Kept, ranks: Ranks) -> None:
-    """Weights where the optimizer (or a teacher) keeps them and where they run, and buffers; one tensor at a time is in memory."""
-    parameters = kept.parameters
-    for name, tensor in kept.module.state_dict().items():
-        saved = file.get_tensor(name)
-        if name in parameters:
-            first, parameter = parameters[name]
-            for piece in kept.pieces_of.get(first, []):
-                if piece.holder is not parameter:
-                    piece.of(piece.holder).copy_(saved.flatten().narrow(0, piece.offset, piece.numel))
-            if hasattr(parameter, "ds_tensor"):
-                begin, shard = _shard(parameter)
-                shard.copy_(saved.flatten().narrow(0, begin, shard.numel()))
-            # under ZeRO 3 small parameters are whole beside their shards, all others empty
-            if parameter.shape == saved.shape:
-                parameter.copy_(saved)
-            continue
-        if name in kept.sharded:
-            dim = kept.sharded[name]
-            saved = saved.narrow(dim, ranks.rank * tensor.shape[dim], tensor.shape[dim])
-        tensor.copy_(saved)
-
-
-@torch.no_grad()
-def _take_states(file, method: nn.Module, optimizer) -> None:
-    for name, _ in method.named_parameters():
-        for piece in optimizer.pieces_of.get(name, []):
-            for key in optimizer.state_names:
-                saved, state = file.get_tensor(f"{key}/{name}"), optimizer.state[piece.holder][key]
-                if state.ndim == 0:
-                    state.copy_(saved)
-                else:
-                    piece.of(state).copy_(saved.flatten().narrow(0, piece.offset, piece.numel))
-
-
-def _is_complete(place: Path) -> bool:
-    if not (place / "meta.json").is_file():
-        return False
+def _lacks(place: Path) -> str | None:
+    """Why a checkpoint is not complete, by what its manifest says of presence and sizes; None where it is."""
     try:
         files = json.loads((place / "meta.json").read_text())["files"]
-    except (json.JSONDecodeError, KeyError):
-        return False
-    return all((place / name).is_file() and (place / name).stat().st_size == facts["bytes"] for name, facts in files.items())
+        return next((words for name, facts in files.items() if (words := lack(place / name, facts))), None)
+    except FileNotFoundError:
+        return "meta.json is not there"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "meta.json is damaged"
+
+
+def _damage(place: Path, ranks: Ranks) -> str | None:
+    """Why a checkpoint cannot be read; None where it can. Every rank must call: each reads its share of the files, all hear the same."""
+    reason = _lacks(place)
+    if reason is None:
+        files = sorted(json.loads((place / "meta.json").read_text())["files"].items())
+        mine = files[ranks.rank :: ranks.world_size]
+        reason = next((words for name, facts in mine if (words := damage(place / name, facts))), None)
+    every = [reason]
+    if ranks.group is not None:
+        every *= ranks.world_size
+        dist.all_gather_object(every, reason)
+    return next((words for words in every if words), None)
 
 
 def _json(facts: dict) -> str:
-    """Indented, with a list of numbers on one line: a large run has thousands of segments."""
+    """Indented, with a list of numbers on one line: a large run has thousands of pieces."""
     return re.sub(r"\[[\s\d,]+\]", lambda found: re.sub(r"\s+", "", found[0]).replace(",", ", "), json.dumps(facts, indent=2))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

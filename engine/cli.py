@@ -13,16 +13,28 @@ fuseer: self-supervised pretraining of vision models
   fuseer demo [out=FOLDER] [recipe=tiny_swav]     pretrain on the bundled photographs, evaluate, write a report
   fuseer doctor                                   what was found on this machine, what is switched off and why
   fuseer recipes                                  the recipes, with what each expects
-  fuseer pretrain recipe=NAME out=FOLDER [data=FOLDER] [resume=true] [key.path=value …]
+  fuseer plan recipe=NAME gpus=N gpu=h100|a100|v100|… [images=N] [key.path=value …]
+                                                  memory, messages and hours before a run: does it fit, under which ZeRO stage?
+  fuseer pretrain recipe=NAME out=FOLDER [data=FOLDER] [resume=true|auto] [key.path=value …]
   fuseer eval knn run=FOLDER                      weighted kNN of a run's backbone, beside its initialisation and raw pixels
   fuseer eval linear run=FOLDER [protocol=NAME] [epochs=N] [batch_size=N] [lr=X]
                                                   a linear classifier on the frozen backbone, beside the same two
   fuseer eval finetune run=FOLDER [scratch=true] [protocol=NAME] [data=FOLDER] [epochs=N] [batch_size=N] [lr=X] …
                                                   all weights trained with labels, or those of the initialisation, then tested
   fuseer import mae file=FILE.pth out=FOLDER [data=FOLDER] [heads=N]
-                                                  an official MAE checkpoint becomes a run to evaluate, fine-tune and export
+  fuseer import swav file=FILE.pth.tar out=FOLDER [data=FOLDER]
+  fuseer import seer file=FILE.torch out=FOLDER [data=FOLDER] [bgr=true]
+                                                  an official checkpoint becomes a run to evaluate, fine-tune and export
   fuseer export run=FOLDER out=FILE.safetensors [finetuned=true] [image_size=N]
                                                   the backbone under timm's keys; tried on timm's model before it is written
+  fuseer data index path=PATH [split=train|test|val]
+                                                  index a folder, tar shards or a list file anew; images, classes, bytes
+  fuseer data check path=PATH [pipeline=dali|torchvision] [threads=N] [report=broken.tsv] [list=FILE] [split=…]
+                                                  decode every image, name the broken; list=: a list file of the sound
+  fuseer data pack path=PATH out=FOLDER [shard_size=256MB] [max_broken_share=0.01] [split=…]
+                                                  copy images and labels into tar shards with index
+  fuseer data preview recipe=NAME [data=PATH] [out=views.png] [images=8] [key.path=value …]
+                                                  a sheet of the views that the recipe makes of the first images
   fuseer report run=FOLDER                        write FOLDER/report.html
   fuseer bench [OP|sweep|step|report] [device=cpu|cuda] [repeats=N] [threads=N] [case=NAME]
                                                   time the ops beside what they have to beat (in a checkout only)
@@ -71,11 +83,18 @@ def _dispatch(arguments: list[str]) -> int:
         "demo": _demo,
         "doctor": _doctor,
         "recipes": _recipes,
+        "plan": _plan,
         "pretrain": _pretrain,
         "eval knn": _eval_knn,
         "eval linear": _eval_linear,
         "eval finetune": _eval_finetune,
         "import mae": _import_mae,
+        "import swav": _import_swav,
+        "import seer": _import_seer,
+        "data index": _data_index,
+        "data check": _data_check,
+        "data pack": _data_pack,
+        "data preview": _data_preview,
         "export": _export,
         "report": _report,
     }
@@ -121,26 +140,40 @@ def _truth(options: dict[str, str], key: str) -> bool:
     return value == "true"
 
 
+def _plan(options: dict[str, str]) -> int:
+    from fuseer.engine.plan import show_plan
+
+    return show_plan(options, _configure)
+
+
 def _pretrain(options: dict[str, str]) -> int:
     for key in ("recipe", "out"):
         if key not in options:
             raise ValueError(f"pretrain: {key}=… is missing; see `fuseer recipes`")
-    config, resume = _configure(options), _truth(options, "resume")
+    resume = "auto" if options.get("resume") == "auto" else _truth(options, "resume")
+    config = _configure(options)
     from fuseer.engine import distributed
+    from fuseer.engine.launch import loss_of_a_peer_in_words, take_ranks_from_slurm
     from fuseer.engine.log import say
+    from fuseer.engine.preemption import EXIT_STATUS, Stopped
     from fuseer.engine.report import write_report
     from fuseer.engine.run import resolved
     from fuseer.engine.train import train
 
     try:
         out = Path(options["out"]).resolve()
+        take_ranks_from_slurm()
         first = distributed.start().is_first
         if first:
             say(f"config\n{resolved(config).to_json()}\n")
-        train(config, out, resume=resume)
+        with loss_of_a_peer_in_words():
+            train(config, out, resume=resume)
         if first:
             _draw(out)
             say(f"report {write_report(out)}")
+    except Stopped as stopped:
+        print(f"fuseer: {stopped}", file=sys.stderr)
+        return EXIT_STATUS
     finally:
         distributed.stop()
     return 0
@@ -151,7 +184,8 @@ def _demo(options: dict[str, str]) -> int:
     recipe = options.get("recipe", "tiny_swav")
     out = Path(options["out"]).resolve() if "out" in options else _fresh(Path.cwd() / "runs", "demo" if recipe == "tiny_swav" else recipe)
     started = time.perf_counter()
-    _pretrain({"recipe": recipe, "out": str(out)})
+    if status := _pretrain({"recipe": recipe, "out": str(out)}):
+        return status
     _eval_knn({"run": str(out)})
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     training = max(record["seconds"] for record in records if record["kind"] == "train")
@@ -226,13 +260,71 @@ def _tell(title: str, rows: list[dict], run: Path) -> None:
 
 def _import_mae(options: dict[str, str]) -> int:
     _only(options, "import mae", ("file", "out", "data", "heads"), needed=("file", "out"))
-    from fuseer.engine.imports import import_mae
+    from fuseer.engine.imports.mae import import_mae
 
-    file, out, heads = Path(options["file"]).resolve(), Path(options["out"]).resolve(), _count(options, "heads")
-    found = import_mae(file, out, data=options.get("data"), heads=heads)
+    return _imported(import_mae, options, heads=_count(options, "heads"))
+
+
+def _import_swav(options: dict[str, str]) -> int:
+    _only(options, "import swav", ("file", "out", "data"), needed=("file", "out"))
+    from fuseer.engine.imports.swav import import_swav
+
+    return _imported(import_swav, options)
+
+
+def _import_seer(options: dict[str, str]) -> int:
+    _only(options, "import seer", ("file", "out", "data", "bgr"), needed=("file", "out"))
+    from fuseer.engine.imports.swav import import_seer
+
+    return _imported(import_seer, options, bgr=_truth(options, "bgr"))
+
+
+def _imported(importer, options: dict[str, str], **how) -> int:
+    out = Path(options["out"]).resolve()
+    found = importer(Path(options["file"]).resolve(), out, data=options.get("data"), **how)
     classifier = f", classifier of {found['classes']} classes" if found["classes"] else ""
-    print(f"{found['kind']}: {found['model']}{classifier}\nfeatures differ from timm's by {found['difference']:.1e} of the largest")
+    print(f"{found['kind']}: {found['model']}{classifier}")
+    if found["difference"] is not None:
+        print(f"features differ from timm's by {found['difference']:.1e} of the largest")
+    for remark in found.get("remarks", ()):
+        print(remark)
     print(f"run {out}")
+    return 0
+
+
+def _data_index(options: dict[str, str]) -> int:
+    _only(options, "data index", ("path", "split"), needed=("path",))
+    from fuseer.engine.curate import index_images
+
+    return index_images(options["path"], options.get("split"))
+
+
+def _data_check(options: dict[str, str]) -> int:
+    _only(options, "data check", ("path", "split", "pipeline", "threads", "report", "list"), needed=("path",))
+    from fuseer.engine.curate import check_images
+
+    report, clean = Path(options.get("report", "broken.tsv")).resolve(), Path(options["list"]).resolve() if "list" in options else None
+    how = {"pipeline": options.get("pipeline", "auto"), "threads": _count(options, "threads")}
+    return check_images(options["path"], options.get("split"), report=report, clean=clean, **how)
+
+
+def _data_pack(options: dict[str, str]) -> int:
+    _only(options, "data pack", ("path", "out", "split", "shard_size", "max_broken_share"), needed=("path", "out"))
+    from fuseer.engine.curate import pack_images
+
+    limits = {"shard_size": options.get("shard_size", "256MB"), "max_broken_share": options.get("max_broken_share", "0.01")}
+    return pack_images(options["path"], options.get("split"), Path(options["out"]).resolve(), **limits)
+
+
+def _data_preview(options: dict[str, str]) -> int:
+    if "recipe" not in options:
+        raise ValueError("data preview: recipe=… is missing; see `fuseer recipes`")
+    config = _configure({key: value for key, value in options.items() if key != "images"})
+    from fuseer.engine.preview import preview
+
+    out = Path(options.get("out", "views.png")).resolve()
+    found = preview(config, out, _count({"images": "8", **options}, "images"))
+    print(f"{out}: {found['views']} views of {found['images']} images, through {found['pipeline']}")
     return 0
 
 

@@ -83,7 +83,9 @@ def timm_form(config: TrainConfig, backbone: nn.Module, size: int, head: nn.Line
         # timm's RegNets have four stages and stride 2 everywhere
         plain = len(backbone.stages) == 4 and given.get("stem_stride", 2) == given.get("strides", 2) == 2
         name = timm_regnet(config.model.name) if plain else None
-        options |= {REGNET_OPTIONS[key]: value for key, value in given.items() if key in REGNET_OPTIONS} if name else {}
+        if name:
+            own = {"group_width": REGNETS[config.model.name][-1]} if config.model.name.endswith("_friendly") else {}
+            options |= {REGNET_OPTIONS[key]: value for key, value in {**own, **given}.items() if key in REGNET_OPTIONS}
         state, classifier = to_timm(backbone.state_dict()), "head.fc"
     else:
         name, options = config.model.name, {**given, **options}
@@ -98,7 +100,7 @@ def timm_regnet(name: str) -> str | None:
     """regnety_3_2gf → regnety_032, as timm counts in 0.1 GF; "regnet" → one whose numbers are all replaced; None for what timm lacks."""
     if name == "regnet":
         return "regnetx_002"
-    kind, _, size = name.partition("_")
+    kind, _, size = name.removesuffix("_friendly").partition("_")
     if name not in REGNETS or size == "10b" or kind not in SE_RATIO:
         return None
     tenths = float(size[:-2].replace("_", ".")) * (10 if size.endswith("gf") else 0.01)

@@ -22,17 +22,12 @@ class Tags:
     Groups are {name, names, params, tagged}: `names` those of the parameters, also once ZeRO has put flat tensors in their place.
 
     A step changes nothing, neither weights nor state, while `skip` (None, or a scalar tensor on the device) is not 0; and without ZeRO,
-    where DeepSpeed does not look, when a gradient is not finite or its norm is none in fp32. LARS reads the flag on the device,
-    SGD and AdamW on the host.
+    where DeepSpeed does not look, when a gradient is not finite or its norm is none in fp32. `thrown` is that flag of the last step, a
+    bool scalar on the device; None where nobody would throw one away. The host reads it for SGD and AdamW on a CPU alone.
     """
 
     skip: torch.Tensor | None = None
-    _thrown: torch.Tensor | None = None
-
-    @property
-    def overflow(self) -> bool:
-        """Did the last step change nothing? DeepSpeed asks at stage 0 and the loop at all of them; waits for the device."""
-        return self._thrown is not None and bool(self._thrown)
+    thrown: torch.Tensor | None = None
 
     def bind(self, pieces: list[Piece], group: dist.ProcessGroup | None, partitioned: bool) -> None:
         """Learns the layout once DeepSpeed has made it, and creates all state now, so that none is missing from a checkpoint."""
@@ -53,7 +48,7 @@ class Tags:
         visible = self.param_groups
         # ZeRO 3 shows one sub-group a call, and the other groups empty
         self.param_groups = [group for group in visible if group["params"] and not getattr(group["tagged"], "frozen", False)]
-        self._thrown = self._flag()
+        self.thrown = self._flag()
         self._update()
         for group in self.param_groups:
             if getattr(group["tagged"], "unit_rows", False):
@@ -71,8 +66,12 @@ class Tags:
         return infinite if flag is None else infinite.logical_or_(flag)
 
     def _update(self) -> None:
-        if not self.overflow:
-            super().step()
+        if self.defaults["fused"]:
+            # where torch's fused updates look for what its gradient scaler found
+            self.found_inf = None if self.thrown is None else self.thrown.float()
+        elif self.thrown is not None and self.thrown:
+            return
+        super().step()
 
     def _normalise_rows(self, name: str, parameter: nn.Parameter) -> None:
         rows, width = shape_of(parameter)[0], shape_of(parameter)[1:].numel()
@@ -86,8 +85,8 @@ class Tags:
         if self.partitioned:
             dist.all_reduce(norms, group=self._group)
         norms = norms.sqrt_().clamp_min_(1e-12)
-        if self._thrown is not None:
-            norms = torch.where(self._thrown, 1.0, norms)
+        if self.thrown is not None:
+            norms = torch.where(self.thrown, 1.0, norms)
         for piece, here, lead in places:
             lengths = norms[here, None].expand(-1, width).flatten().narrow(0, lead, piece.numel)
             piece.of(piece.holder).div_(lengths.to(piece.holder.dtype))
@@ -112,7 +111,7 @@ class AdamW(Tags, torch.optim.AdamW):
 
     def create_state(self, tensor: torch.Tensor, group: dict) -> None:
         state = self.state[tensor]
-        state.setdefault("step", torch.tensor(0.0))
+        state.setdefault("step", torch.zeros((), device=tensor.device))
         state.setdefault("exp_avg", torch.zeros_like(tensor))
         state.setdefault("exp_avg_sq", torch.zeros_like(tensor))
 
@@ -203,7 +202,7 @@ class LARS(Tags, torch.optim.Optimizer):
             denominator=self.variant.denominator,
             adapt=[group["adapt"]] * layers,
             lr_in_momentum=self.variant.lr_in_momentum,
-            skip=self._thrown,
+            skip=self.thrown,
             segments=segments,
             group=self._group if self.partitioned and group["adapt"] else None,
         )
@@ -227,11 +226,13 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> SGD | AdamW | LAR
         for title, members, options in (("weights", plain, {}), ("norms and biases", spared, apart))
         if members
     ] + tagged
+    # on a CPU a fused update rounds the last elements of a tensor otherwise, so that ZeRO's flat ones would end in other bits
+    fused = any(parameter.is_cuda for parameter in module.parameters()) or None
     if config.name == "adamw":
-        return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+        return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused)
     inertia = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
     if config.name == "sgd":
-        return SGD(groups, **inertia)
+        return SGD(groups, **inertia, fused=fused)
     return LARS(groups, **inertia, trust_coefficient=config.trust_coefficient, variant=config.variant)
 
 

@@ -12,8 +12,9 @@ from torch import nn
 class Piece(NamedTuple):
     """`numel` elements of parameter `name`, from its flat offset `offset`, stand in the optimizer's tensor `holder` from `start`.
 
-    Without ZeRO the holder is the parameter itself; under stages 1 and 2 it is this rank's fp32 partition of the group, under stage 3 the
-    fp32 shards of the sub-group's parameters in a row. Under stage 3 the parameter itself is empty outside a forward: ask `shape_of`.
+    Without ZeRO the holder is the parameter itself, or its fp32 master where weights are half; under stages 1 and 2 it is this rank's fp32
+    partition of the group, under stage 3 the fp32 shards of the sub-group's parameters in a row. Under stage 3 the parameter itself is
+    empty outside a forward: ask `shape_of`.
     """
 
     name: str
@@ -43,21 +44,23 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
     return deepspeed.zero.GatheredParameters(sharded)
 
 
-def layout(module: nn.Module, zero_optimizer) -> list[Piece]:
+def layout(module: nn.Module, wrapper) -> list[Piece]:
     """Where every parameter's elements stand on this rank, after `deepspeed.initialize`; checked against the weights themselves.
 
-    `zero_optimizer` is DeepSpeed's optimizer under stages 1 to 3, None without ZeRO. Every rank must call: the pieces of all ranks must
-    have as many elements as the parameters that are trained. Raises RuntimeError, on all ranks, when they have not or when a piece does
-    not hold the values of its parameter, which means that DeepSpeed's layout is not the one read here.
+    `wrapper` is DeepSpeed's optimizer around ours, None where there is none: in fp32 without ZeRO. Every rank must call: the pieces of
+    all ranks must have as many elements as the parameters that are trained. Raises RuntimeError, on all ranks, when they have not or when
+    a piece does not hold the values of its parameter, which means that DeepSpeed's layout is not the one read here.
     """
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    if zero_optimizer is None:
+    if wrapper is None:
         return [Piece(name, parameter, parameter, 0, 0, parameter.numel()) for name, parameter in named]
-    _refuse(zero_optimizer)
-    find = _shard if hasattr(zero_optimizer, "grad_position") else _fragment
-    found = [find(name, parameter, zero_optimizer) for name, parameter in named]
+    if hasattr(wrapper, "fp16_groups") and hasattr(wrapper, "fp32_groups"):
+        return _masters(named, wrapper)
+    _refuse(wrapper)
+    find = _shard if hasattr(wrapper, "grad_position") else _fragment
+    found = [find(name, parameter, wrapper) for name, parameter in named]
     pieces = [piece for piece in found if piece is not None and piece.numel]
-    _check(named, {piece.name: piece for piece in pieces}, zero_optimizer.dp_process_group)
+    _check(named, {piece.name: piece for piece in pieces}, wrapper.dp_process_group)
     return pieces
 
 
@@ -72,14 +75,29 @@ def forget_gradients(zero_optimizer) -> None:
         kept.zero_()
 
 
+def _masters(named: list[tuple[str, nn.Parameter]], wrapper) -> list[Piece]:
+    """Stage 0 with half weights: an fp32 copy of every parameter, whole, on each rank."""
+    pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+    master_of = {half: master for halves, masters in pairs for half, master in zip(halves, masters, strict=True)}
+    pieces = [Piece(name, parameter, master_of[parameter], 0, 0, parameter.numel()) for name, parameter in named]
+    _check(named, {piece.name: piece for piece in pieces}, None)
+    return pieces
+
+
 def _fragment(name: str, parameter: nn.Parameter, zero_optimizer) -> Piece | None:
     """Stages 1, 2: the group's parameters in a row are cut in one part a rank; a parameter may lie in several, or not in this one."""
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
-    flat = zero_optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    flat = _flat_partitions(zero_optimizer)[mapping.param_group_index]
     hp, lp = mapping.hp_fragment_address, mapping.lp_fragment_address
     return Piece(name, parameter, flat, hp.start, lp.start, hp.numel)
+
+
+def _flat_partitions(zero_optimizer) -> list[torch.Tensor] | None:
+    """This rank's fp32 partition of every group; its second name is that of the stage 1 that sums bf16 gradients in fp32."""
+    names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    return next((getattr(zero_optimizer, name) for name in names if hasattr(zero_optimizer, name)), None)
 
 
 def _shard(name: str, parameter: nn.Parameter, zero_optimizer) -> Piece:
@@ -97,8 +115,7 @@ def _refuse(zero_optimizer) -> None:
         "round_robin_gradients=true": has["round_robin_gradients"],
         "offload_optimizer.ratio below 1": has["offload_optimizer"] and zero_optimizer.partial_offload != 1.0,
         "offload_optimizer.device=nvme": has["swap_optimizer"],
-        type(zero_optimizer).__name__: not hasattr(zero_optimizer, "grad_position")
-        and not hasattr(zero_optimizer, "single_partition_of_fp32_groups"),
+        type(zero_optimizer).__name__: not hasattr(zero_optimizer, "grad_position") and _flat_partitions(zero_optimizer) is None,
     }
     for option, given in refused.items():
         if given:
@@ -111,8 +128,9 @@ def _holds(piece: Piece) -> bool:
     return torch.equal(piece.holder.detach().view(-1)[piece.start : piece.start + piece.numel], flat.to(piece.holder.dtype))
 
 
-def _check(named: list[tuple[str, nn.Parameter]], pieces: dict[str, Piece], group: dist.ProcessGroup) -> None:
-    """Compares every piece with its parameter, and the length of all ranks' pieces with the parameters'; all ranks agree on the outcome."""
+def _check(named: list[tuple[str, nn.Parameter]], pieces: dict[str, Piece], group: dist.ProcessGroup | None) -> None:
+    """Compares every piece with its parameter, and the length of all ranks' pieces with the parameters'; all ranks of `group` agree on
+    the outcome, None where each holds the whole."""
     wrong, total = [], 0
     for name, parameter in named:
         total += shape_of(parameter).numel()
@@ -122,11 +140,12 @@ def _check(named: list[tuple[str, nn.Parameter]], pieces: dict[str, Piece], grou
                 wrong.append(name)
     device = named[0][1].device if named else torch.device("cpu")
     counts = torch.tensor([len(wrong), sum(piece.numel for piece in pieces.values())], dtype=torch.int64, device=device)
-    dist.all_reduce(counts, group=group)
+    if group is not None:
+        dist.all_reduce(counts, group=group)
     mistaken, held = counts.tolist()
     if mistaken or held != total:
         raise RuntimeError(
-            f"partitions: ZeRO's flat partitions are not laid out as read here: {mistaken} pieces"
+            f"partitions: DeepSpeed's fp32 weights are not laid out as read here: {mistaken} pieces"
             f"{f', {wrong[0]} among them,' if wrong else ''} do not hold their parameter's values and {held} of {total} elements are held; "
-            "this DeepSpeed differs from 0.19.8, train with zero_stage=0"
+            "this DeepSpeed differs from 0.19.8, train with zero_stage=0 and precision=fp32 or bf16-autocast"
         )

@@ -16,7 +16,7 @@ import jinja2
 from fuseer.engine.chart import Points, bar_chart, finite, line_chart
 
 NO_CHART_OF_ITS_OWN = {"kind", "step", "epoch", "loss", "lr", "images_per_second", "data_wait_share", "seconds"} | {
-    "prototype_entropy", "prototypes_used", "prototype_usage"
+    "prototype_entropy", "prototypes_used", "prototype_usage", "skipped", "skipped_in_a_row"
 }
 IMAGES = {"train_images": "{:,} training images", "test_images": "{:,} test images"}
 SHEET = {"file": "crops.png", "title": "What the network sees", "words": ""} | {

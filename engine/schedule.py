@@ -22,6 +22,7 @@ def warmup_cosine(step: int, *, total_steps: int, warmup_steps: int, start: floa
 def warmup_milestones(step: int, *, warmup_steps: int, start: float, peak: float, milestones: Sequence[int], factor: float) -> float:
     """Linear start → peak over `warmup_steps`, then peak · factor^(milestones passed); at step m the milestone m has been passed.
 
+    Without milestones the peak is kept, as SEER's RegNetY-128GF had it.
     Source: facebookresearch/moco main_moco.py (×0.1 at epochs 120 and 160 of 200).
     """
     if step < warmup_steps:

@@ -67,8 +67,8 @@ class Teachers(nn.Module):
         self._put_together()
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """One move towards the students, with the momentum of applied step `step`; buffers stay.
+    def update(self, step: int, skipped: torch.Tensor | None = None) -> None:
+        """One move towards the students, with the momentum of step `step`; none where `skipped`, a bool scalar on the device; buffers stay.
 
         An update after step t stands before forward t + 1, so it is MoCo's, which updates at the head of each forward: there the very
         first one has no effect, because teacher and student are still equal.
@@ -76,6 +76,8 @@ class Teachers(nn.Module):
         if self._momentum is None:
             return
         momentum = self._momentum(step)
+        if skipped is not None:
+            momentum = torch.where(skipped, 1.0, torch.full((), momentum, dtype=torch.float64, device=skipped.device))
         for shards in self._shards:
             shards.partition_all_parameters()
         for averages, students, *shadow in self._moves:

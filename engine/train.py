@@ -9,10 +9,11 @@ if __name__ == "__main__":  # the thread settings must stand before torch loads
 
 import json
 import platform
-import time
+from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -20,110 +21,129 @@ from torch import nn
 
 from fuseer.engine import distributed
 from fuseer.engine.config import TrainConfig
+from fuseer.engine.costs import mfu_of_an_image
 from fuseer.engine.data.sheet import crop_sheet
 from fuseer.engine.data.sources import shown
 from fuseer.engine.distributed import Ranks
-from fuseer.engine.evaluate.probe import KnnProbe
+from fuseer.engine.evaluate.probe import GivenUp, KnnProbe
 from fuseer.engine.log import RunLog, say
 from fuseer.engine.models.backbone import initial_backbone
 from fuseer.engine.monitor import Monitor
 from fuseer.engine.partitions import forget_gradients, gathered, shape_of
+from fuseer.engine.preemption import Preemption
+from fuseer.engine.recovery import Diverged, judge, recover, refuse_broken_weights
 from fuseer.engine.resume import agree_on_folder, save, take_back
 from fuseer.engine.run import Run, build, resolved
 from fuseer.engine.schedule import warmup_cosine, warmup_milestones
 
 PACKAGES = ("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "torchvision", "timm", "numpy", "safetensors")
-# a loss scale that starts at 2^16 has come down to 1 after 17 skipped steps: who skips more in a row does not recover
-SKIPPED_IN_A_ROW = 50
 
 
-def train(config: TrainConfig, out: Path, *, resume: bool = False) -> None:
+def train(config: TrainConfig, out: Path, *, resume: bool | Literal["auto"] = False) -> None:
     """Pretrains as `config` says and leaves config.json, env.json, metrics.jsonl, events/, ckpt/ and crops.png in `out`.
 
-    A folder that already holds a run is refused unless `resume`, which goes on from its newest complete checkpoint.
+    A folder that already holds a run is refused unless `resume`, which goes on from its newest complete checkpoint; resume="auto" starts
+    where there is none. Raises preemption.Stopped where a signal ended the run before its last step.
     """
     config, ranks = resolved(config), distributed.start()
-    agree_on_folder(config, out, ranks, resume)
-    run = build(config, ranks)
+    resume = agree_on_folder(config, out, ranks, resume)
+    run = build(config, ranks, fresh=not resume)
     first = take_back(run, out) if resume else 0
     if ranks.is_first:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(config.to_json())
-        (out / "env.json").write_text(json.dumps(_environment(run), indent=2))
+        _write_at_once(out / "env.json", json.dumps(_environment(run), indent=2))
+        _write_at_once(out / "config.json", config.to_json())
         say(_in_words(run))
-    log = RunLog(out, first_rank=ranks.is_first, start=first, total=run.total_steps, images_per_step=config.batch_size)
-    if resume:
+    begun = (out / "metrics.jsonl").exists()
+    log = RunLog(
+        out,
+        first_rank=ranks.is_first,
+        start=first,
+        total=run.total_steps,
+        images_per_step=config.batch_size,
+        device=ranks.device,
+        crops_per_image=sum(view.count for view in run.method.views),
+        mfu_of_an_image=mfu_of_an_image(config, ranks) if ranks.is_first else None,
+    )
+    if begun:
         log.event("resume", first)
     try:
-        _loop(run, out, log, first)
+        with (
+            Preemption(ranks, check_every_steps=config.stop_check_every_steps, grace_seconds=config.stop_grace_seconds) as stop,
+            run.writer,
+        ):
+            while first is not None:
+                try:
+                    first = _loop(run, out, log, first, stop)
+                except Diverged as trouble:
+                    first = recover(run, out, log, trouble)
     finally:
         log.close()
         run.loader.close()
 
 
-def _loop(run: Run, out: Path, log: RunLog, first: int) -> None:
+def _loop(run: Run, out: Path, log: RunLog, first: int, stop: Preemption) -> None:
+    """Trains from step `first` to the last. A step is one whether or not its update was applied: learning rate, momentum of teachers,
+    method and data go by their number. Raises Diverged where it must not go on so, Stopped where it was asked to end."""
     config, ranks = run.config, run.ranks
     # under ZeRO 3 every rank takes part in a probe
     probe = KnnProbe.where_labelled(config) if config.knn.every_steps and (ranks.is_first or config.zero_stage == 3) else None
-    batches = run.loader.batches((first + run.skipped_steps) * config.accumulation_steps)
+    batches = run.loader.batches((first + run.passed_over) * config.accumulation_steps)
     named: set[str] = set()
     monitor = Monitor(run.method.chance_loss(), config.batch_size, run.warmup_steps, run.total_steps)
     run.method.train()
     run.method.after_step(first)
-    done, in_a_row = first, 0
-    while done < run.total_steps:
+    run.skipping.begin(run.skipped_steps)
+    done, saved = first, first
+
+    def checkpointed():
+        refuse_broken_weights(run, done)
+        save(run, out, done)
+
+    while done < run.total_steps and not stop.agreed():
+        run.writer.check()
         lr = _set_lr(run, done)
         loss = torch.zeros((), device=ranks.device)
         forget_gradients(run.engine.optimizer)
         for _ in range(config.accumulation_steps):
-            asked = time.perf_counter()
-            batch = next(batches)
-            log.waited(time.perf_counter() - asked)
+            batch = log.awaited(batches)
             if done == 0 and ranks.is_first and not (out / "crops.png").exists():
                 crop_sheet(batch, out / "crops.png", mean=config.data.mean, std=config.data.std)
             total = run.engine(batch).total
-            run.engine.backward(total)
+            log.end("forward")
+            run.engine.backward(run.skipping.guarded(total))
+            log.end("backward")
             run.engine.step()
+            log.end("update")
             loss += total.detach() / config.accumulation_steps
-        if run.optimizer.overflow or not run.engine.was_step_applied():
-            in_a_row = _skip(run, log, done, in_a_row)
-            continue
-        done, in_a_row = done + 1, 0
-        run.teachers.update(done)
+        done += 1
+        run.teachers.update(done, run.skipping.settle())
         run.method.after_step(done)
+        log.end("update")
         log.advance(done)
         if done % config.log_every_steps == 0 or done == run.total_steps:
-            numbers = log.train(done, done / run.index.steps_per_epoch, lr, {"loss": _mean(loss, ranks), **run.method.diagnostics()})
-            for sign in monitor.observe(done, numbers):
-                say(f"step {done}: {sign.text}")
-                log.event("monitor", done, **sign._asdict())
+            values = {"loss": _mean(loss, ranks), **run.method.diagnostics(), **run.skipping.counts()}
+            numbers = log.train(done, done / run.index.steps_per_epoch, lr, values)
             _name_broken(run, log, done, named)
+            judge(run, log, monitor, done, numbers)
         if done == run.total_steps or (config.checkpoint_every_steps and done % config.checkpoint_every_steps == 0):
             with log.paused():
-                save(run, out, done)
+                checkpointed()
+            saved = done
         if probe and (done % config.knn.every_steps == 0 or done == run.total_steps):
-            with log.paused():
+            with log.paused(), suppress(GivenUp):
                 backbone = _whole_backbone(run)
                 if ranks.is_first:
-                    log.event("knn", done, accuracy=probe.accuracy(backbone, ranks.device))
-
-
-def _skip(run: Run, log: RunLog, done: int, in_a_row: int) -> int:
-    """Notes that DeepSpeed has thrown a step away, because a gradient was not finite; returns how many it was in a row."""
-    run.skipped_steps += 1
-    log.event("skipped", done)
-    if in_a_row + 1 == SKIPPED_IN_A_ROW:
-        raise RuntimeError(
-            f"{SKIPPED_IN_A_ROW} steps in a row after step {done} had gradients that are not finite; lower optim.lr or lengthen the "
-            "warm-up, and go on from an earlier checkpoint"
-        )
-    return in_a_row + 1
+                    log.event("knn", done, accuracy=probe.accuracy(backbone, ranks.device, stop.asked))
+    if done < run.total_steps:
+        stop.leave(done, saved=saved, writer=run.writer, save=checkpointed)
 
 
 def _whole_backbone(run: Run) -> nn.Module | None:
-    """The backbone as one rank alone can run it; under ZeRO 3 a whole copy on the first rank, None on others. Every rank must call."""
+    """The backbone as one rank alone can run it; where it is in shards (ZeRO 3) or half, a whole fp32 copy on the first rank, None on
+    others. Every rank must call."""
     sharded = run.method.backbone
-    if run.config.zero_stage < 3:
+    if run.config.zero_stage < 3 and run.config.precision not in ("bf16", "fp16"):
         return sharded
     whole = None
     if run.ranks.is_first:
@@ -141,7 +161,7 @@ def _whole_backbone(run: Run) -> nn.Module | None:
 def _set_lr(run: Run, step: int) -> float:
     optim, epoch = run.config.optim, run.index.steps_per_epoch
     rise = {"warmup_steps": run.warmup_steps, "start": optim.start_lr, "peak": optim.lr}
-    if optim.schedule == "step":
+    if optim.schedule != "cosine":  # constant: no milestones
         milestones = optim.milestones_steps or [round(at * epoch) for at in optim.milestones_epochs]
         lr = warmup_milestones(step, **rise, milestones=milestones, factor=optim.milestone_factor)
     else:
@@ -169,6 +189,13 @@ def _name_broken(run: Run, log: RunLog, step: int, named: set[str]) -> None:
             named.add(path)
             say(f"skipped a broken image: {shown(path)}: {reason}")
             log.event("broken", step, file=shown(path), reason=reason)
+
+
+def _write_at_once(path: Path, text: str) -> None:
+    """A process killed in the middle leaves the file that was there before, or none."""
+    part = path.with_name(f".{path.name}")
+    part.write_text(text)
+    part.replace(path)
 
 
 def _in_words(run: Run) -> str:

@@ -11,23 +11,26 @@ ROOT = Path(__file__).parents[1]
 # bottom first; a file or folder of engine/ stands on one floor and imports only from floors below
 FLOORS = (
     ("kernels",),
-    ("schedule", "distributed", "config", "log", "chart", "partitions", "tensor_file"),
-    ("models", "data"),
-    ("teacher", "optim", "checkpoint", "monitor"),
+    ("schedule", "distributed", "launch", "config", "log", "chart", "partitions", "tensor_file", "accelerators"),
+    ("models", "data", "shards"),
+    ("state",),
+    ("teacher", "optim", "checkpoint", "monitor", "preemption", "skipping"),
     ("methods",),
     ("recipes",),
     ("evaluate",),
     ("run",),
-    ("resume",),
-    ("train", "plan", "export", "imports", "report", "doctor"),
+    ("resume", "costs"),
+    ("recovery",),
+    ("train", "plan", "export", "imports", "report", "doctor", "curate", "preview"),
     ("cli",),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 GROUND = {
     "engine/methods/method.py",
     *(f"engine/evaluate/{name}.py" for name in ("knn", "frozen", "classifier")),
-    *(f"engine/models/{name}.py" for name in ("norm", "heads")),
-    *(f"engine/data/{name}.py" for name in ("view", "philox", "draw", "feed", "sources")),
+    "engine/imports/official.py",
+    *(f"engine/models/{name}.py" for name in ("norm", "heads", "recompute")),
+    *(f"engine/data/{name}.py" for name in ("view", "philox", "draw", "feed", "sources", "images", "pixels")),
     *(f"kernels/{name}.py" for name in ("dispatch", "checks", "extension", "cuda_library", "testing")),
     *(f"kernels/{name}.py" for name in ("_tl", "_chunks", "_potentials", "_contrast", "_strips")),
 }
@@ -46,8 +49,21 @@ IMPORT_EXCEPTIONS = {
     ("engine/recipes/mae_vit_l.py", "engine/recipes/mae_vit_b.py"): "the same recipe, another backbone",
     ("engine/recipes/mae_vit_h.py", "engine/recipes/mae_vit_b.py"): "the same recipe, another backbone",
     ("engine/recipes/moco_v3_vit_b.py", "engine/recipes/moco_v3_vit_s.py"): "the same recipe, another backbone",
-    ("engine/data/sources.py", "engine/data/decodable.py"): "files are examined before they are handed on",
-    ("engine/data/sources.py", "engine/data/bundled.py"): "the demo set is one of the sources",
+    ("engine/recipes/seer_regnety_8gf.py", "engine/recipes/seer_regnety_32gf.py"): "the same recipe, another backbone",
+    ("engine/recipes/seer_regnety_16gf.py", "engine/recipes/seer_regnety_32gf.py"): "the same recipe, another backbone",
+    ("engine/recipes/seer_regnety_64gf.py", "engine/recipes/seer_regnety_32gf.py"): "the same recipe, another backbone",
+    ("engine/recipes/seer_regnety_128gf.py", "engine/recipes/seer_regnety_64gf.py"): "the same recipe, another backbone",
+    ("engine/recipes/seer_regnety_10b.py", "engine/recipes/seer_regnety_256gf.py"): "the same recipe, another backbone",
+    ("engine/recipes/seer_regnety_256gf_friendly.py", "engine/recipes/seer_regnety_256gf.py"): "the same recipe, another backbone",
+    ("engine/recipes/seer_regnety_10b_friendly.py", "engine/recipes/seer_regnety_10b.py"): "the same recipe, another backbone",
+    ("engine/imports/swav.py", "engine/export.py"): "what comes in is compared with timm's network in the form that goes out",
+    **{
+        ("engine/data/sources.py", f"engine/data/{name}.py"): "the door to all that sources are made of"
+        for name in ("bundled", "folder", "indexed", "listfile", "order", "reader", "tar")
+    },
+    ("engine/data/reader.py", "engine/data/decodable.py"): "files are examined before they are handed on",
+    ("engine/data/tar.py", "engine/data/listfile.py"): "labels of lists and shards are numbered by one rule",
+    ("engine/data/pack.py", "engine/data/tar.py"): "what is packed is read back before it is believed",
     ("engine/data/make_demo_set.py", "engine/data/bundled.py"): "makes what bundled unpacks",
 }
 # (path, what): why it may exceed its budget; what is "file" or a function's name
@@ -56,6 +72,7 @@ BUDGET_EXCEPTIONS = {}
 ENVIRONMENT_READERS = {
     "kernels/dispatch.py": "FUSEER_BACKEND, FUSEER_CHECK_INDICES",
     "engine/distributed.py": "ranks as the launcher gives them",
+    "engine/launch.py": "ranks as Slurm gives them",
     "engine/cli.py": "settings needed before torch loads",
 }
 # path: why it may act when imported

@@ -17,7 +17,7 @@ class Drawn:
 
     top, left, height, width: int64 pixels of the (upright) image. flip, jitter, gray, blur, solarize: bool. brightness, contrast,
     saturation: float32 factors, 1 where not applied. hue: float32 turns in [-0.5, 0.5], 0 where not applied. sigma: float32 pixels of
-    the view, 0 where not applied. A pipeline applies what it finds; it decides nothing.
+    the view, 0 where not applied. remove: bool, where the background is replaced. A pipeline applies what it finds; it decides nothing.
     """
 
     top: np.ndarray
@@ -34,6 +34,7 @@ class Drawn:
     blur: np.ndarray
     sigma: np.ndarray
     solarize: np.ndarray
+    remove: np.ndarray
 
 
 def draw(view: View, view_index: int, sizes, samples, seed: int, epoch: int) -> Drawn:
@@ -45,11 +46,12 @@ def draw(view: View, view_index: int, sizes, samples, seed: int, epoch: int) -> 
     uniform share of the area and a log-uniform aspect ratio, then the centre crop clamped to the nearest allowed aspect ratio.
     """
     sizes = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
-    u = uniforms(seed, epoch, samples, view_index, 2 * _TRIES + 12)
+    u = uniforms(seed, epoch, samples, view_index, 2 * _TRIES + 13)
     tries, at, coin, amount = np.split(u, [2 * _TRIES, 2 * _TRIES + 2, 2 * _TRIES + 7], axis=1)
     height, width, centred = _crop_size(view, sizes, tries)
     room = sizes - np.stack([height, width], 1)
     corner = np.where(centred[:, None], room // 2, (at * (room + 1)).astype(np.int64))
+    # the last of `amount` is a coin too: an added column leaves the older ones as they were
     flip, jitter, gray, blur, solarize = (coin < [view.flip, view.jitter, view.grayscale, view.blur, view.solarize]).T
 
     def between(low: float, high: float, column: int, applied: np.ndarray, neutral: float) -> np.ndarray:
@@ -62,7 +64,7 @@ def draw(view: View, view_index: int, sizes, samples, seed: int, epoch: int) -> 
         top=corner[:, 0], left=corner[:, 1], height=height, width=width, flip=flip, jitter=jitter,
         brightness=factor(view.brightness, 0), contrast=factor(view.contrast, 1), saturation=factor(view.saturation, 2),
         hue=between(-view.hue, view.hue, 3, jitter, 0.0), gray=gray, blur=blur,
-        sigma=between(*view.blur_sigma, 4, blur, 0.0), solarize=solarize,
+        sigma=between(*view.blur_sigma, 4, blur, 0.0), solarize=solarize, remove=amount[:, 5] < view.background_removal,
     )  # fmt: skip
 
 

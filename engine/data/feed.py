@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fuseer.engine.data.draw import Drawn, draw
+from fuseer.engine.data.pixels import scale_of
 from fuseer.engine.data.view import View
 
 _PART = 32
@@ -21,9 +22,11 @@ class Feed:
     """What both pipelines are made from: encoded samples and the parameters of all their views, prepared ahead in threads.
 
     reader: `sources.Reader`; index: `sources.SampleIndex`; mean and std per channel on the scale 0..1; seed of the augmentation; device
-    of the crops, None for the CPU; threads that read, decode and augment; prefetch_batches prepared ahead of the one in use.
+    of the crops, None for the CPU; threads that read, decode and augment; prefetch_batches prepared ahead of the one in use; masks:
+    `masks.open_masks`, needed where a view has its background replaced, by the mean colour.
     A micro-batch is prepared in parts of at most 32 samples, in any order by any thread; what comes of them, errors included,
-    arrives in the one order of `index`. Raises ValueError for a count below 1.
+    arrives in the one order of `index`. Raises ValueError for a count below 1,
+    and for such a view without masks.
     """
 
     reader: Any
@@ -37,12 +40,17 @@ class Feed:
     threads: int = 1
     prefetch_batches: int = 2
     dtype: Literal["float32", "float16"] = "float32"
+    masks: Callable[[Any], np.ndarray] | None = None
 
     def __post_init__(self):
         if self.threads < 1 or self.prefetch_batches < 1:
             raise ValueError(f"data: threads and prefetch_batches must be at least 1; got {self.threads} and {self.prefetch_batches}")
+        if self.masks is None and any(view.background_removal for view in self.views):
+            raise ValueError("data: a view has background_removal above 0, and nothing says what the background is; set data.masks")
         self.device = torch.device("cpu" if self.device is None else self.device)
         self.dtype_of_crops = {"float32": torch.float32, "float16": torch.float16}[self.dtype]
+        self.scale = scale_of(self.mean, self.std)
+        self.fill = np.rint(self.scale[0]).astype(np.uint8)
         self._parts = -(-self.index.batch_per_rank // _PART)
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="fuseer-data")
 
@@ -64,6 +72,14 @@ class Feed:
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def masks_of(self, samples: list, drawn: list[list[Drawn]]) -> list[np.ndarray | None]:
+        """uint8 [height, width] of each sample of which some view replaces the background, 128 and above where it stays."""
+        wanted = np.zeros(len(samples), bool)
+        for view, copies in zip(self.views, drawn, strict=True):
+            for copy in copies if view.background_removal else ():
+                wanted |= copy.remove
+        return [self.masks(sample) if use else None for sample, use in zip(samples, wanted, strict=True)]
 
     def _draw(self, samples: list, asked: np.ndarray, epoch: int) -> list[list[Drawn]]:
         sizes = [(sample.height, sample.width) for sample in samples]
@@ -88,3 +104,13 @@ class Feed:
 def joined(parts: list[Drawn]) -> Drawn:
     """One `Drawn` of all samples of `parts`, in order."""
     return Drawn(**{field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Drawn)})
+
+
+def slice_of(drawn: Drawn, rows: slice) -> Drawn:
+    """The `Drawn` of some of its samples."""
+    return Drawn(**{field.name: getattr(drawn, field.name)[rows] for field in fields(Drawn)})
+
+
+def without_background(pixels: np.ndarray, mask: np.ndarray, fill: np.ndarray) -> np.ndarray:
+    """uint8 [h, w, 3] with `fill` [3] where mask [h, w] is below 128."""
+    return np.where(mask[..., None] >= 128, pixels, fill)

@@ -13,10 +13,10 @@ from fuseer.engine.config import Config
 class View(Config):
     """`count` views of `size` x `size` pixels, each drawn on its own.
 
-    Order: random resized crop (share of the area in `scale`, aspect ratio in `aspect`), horizontal flip, colour jitter
-    (brightness, contrast, saturation, hue; always in this order), grayscale, Gaussian blur, solarize, normalisation.
-    Probabilities are per view. A factor of jitter strength s is uniform in [max(0, 1-s), 1+s]; hue shifts by up to
-    `hue` turns; `blur_sigma` is in pixels of the view.
+    Order: background replaced by the mean colour (`data.masks` says what it is), random resized crop (share of the area in
+    `scale`, aspect ratio in `aspect`), horizontal flip, colour jitter (brightness, contrast, saturation, hue; always in this order),
+    grayscale, Gaussian blur, solarize, normalisation. Probabilities are per view. A factor of jitter strength s is uniform in
+    [max(0, 1-s), 1+s]; hue shifts by up to `hue` turns; `blur_sigma` is in pixels of the view.
     """
 
     size: int = Field(gt=0)
@@ -34,6 +34,7 @@ class View(Config):
     blur: float = Field(0.5, ge=0, le=1)
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float = Field(0.0, ge=0, le=1)
+    background_removal: float = Field(0.0, ge=0, le=1, description="probability, as ReLICv2 has it for its large views")
 
 
 @dataclass(frozen=True)

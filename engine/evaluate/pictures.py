@@ -1,6 +1,5 @@
 """What does a run's ViT paint over hidden patches, and where does its class token look?"""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor
 from fuseer.engine import checkpoint
 from fuseer.engine.config import TrainConfig
 from fuseer.engine.data.plain import plain_batches
-from fuseer.engine.data.sources import open_source
+from fuseer.engine.data.sources import Reader, open_source
 from fuseer.engine.data.view import Batch
 from fuseer.engine.evaluate.frozen import write_result
 from fuseer.engine.methods.mae import MAE, MAEConfig, mask_noise
@@ -90,12 +89,10 @@ def _images(config: TrainConfig) -> tuple[Tensor, str]:
         source, split = open_source(config.data.path), "train"
     count = min(RECONSTRUCTED, len(source))
     chosen = [(2 * i + 1) * len(source) // (2 * count) for i in range(count)]
-    few = replace(source, paths=[source.paths[i] for i in chosen], labels=source.labels[chosen])
+    few = source.only(chosen)
     size = config.method.views[0].size
-    sizes = set()
-    for path in few.paths:
-        with Image.open(path) as image:
-            sizes.add(image.size)
+    reader = Reader(few, max_broken_share=0.0)
+    sizes = {(read.width, read.height) for read in (reader.read(i, 0) for i in range(count))}
     data = config.data
     image_size = 0 if sizes == {(size, size)} else size
     images, _ = next(plain_batches(few, mean=data.mean, std=data.std, image_size=image_size))

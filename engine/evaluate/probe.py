@@ -1,7 +1,6 @@
 """How good is a run's backbone by weighted kNN, beside its own initialisation and raw pixels?"""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +13,10 @@ from fuseer.engine.evaluate.frozen import Labelled, Pixels, calibrate_on, load_p
 from fuseer.engine.evaluate.knn import extract_features, knn_accuracy
 from fuseer.engine.models.backbone import initial_backbone
 from fuseer.engine.recipes.recipe import saved_config
+
+
+class GivenUp(Exception):
+    """The run was asked to stop while its probe went on."""
 
 
 class KnnProbe:
@@ -32,10 +35,20 @@ class KnnProbe:
     def batches(self, source: Source, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self.images.batches(source, device)
 
-    def accuracy(self, backbone: nn.Module, device: torch.device) -> float:
-        """Share in 0…1 of test images whose label the k nearest train images vote for; the backbone in evaluation mode."""
-        train_features, train_labels = extract_features(backbone, self.batches(self.train, device))
-        test_features, test_labels = extract_features(backbone, self.batches(self.test, device))
+    def accuracy(self, backbone: nn.Module, device: torch.device, asked_to_stop: Callable[[], bool] = lambda: False) -> float:
+        """Share in 0…1 of test images whose label the k nearest train images vote for; the backbone in evaluation mode.
+
+        `asked_to_stop` is asked at every batch; raises GivenUp once it says so.
+        """
+
+        def until_asked(source: Source) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for batch in self.batches(source, device):
+                if asked_to_stop():
+                    raise GivenUp
+                yield batch
+
+        train_features, train_labels = extract_features(backbone, until_asked(self.train))
+        test_features, test_labels = extract_features(backbone, until_asked(self.test))
         return knn_accuracy(
             train_features,
             train_labels,
@@ -81,4 +94,4 @@ def _thinned(source: Source, images: int) -> Source:
     if not images or images >= len(source):
         return source
     chosen = [i * len(source) // images for i in range(images)]
-    return replace(source, paths=[source.paths[i] for i in chosen], labels=source.labels[chosen])
+    return source.only(chosen)

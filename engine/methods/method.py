@@ -23,7 +23,7 @@ class Ground:
     """What the loop tells a method about where it runs: its backbone, its ranks, its share of the batch.
 
     `group` is None for a process alone; `norm_group` holds the ranks that share BatchNorm statistics, None where none do;
-    `batch_per_rank` counts images of one forward pass on one rank; `total_steps` the applied steps of the whole run, for schedules
+    `batch_per_rank` counts images of one forward pass on one rank; `total_steps` the steps of the whole run, for schedules
     of the method's own (0 where there is no run, as in an evaluation).
     """
 
@@ -60,10 +60,10 @@ class Method(nn.Module, ABC):
         """The loss of one micro-batch of this rank. Joins every collective even with 0 rows."""
 
     def after_step(self, step: int) -> None:  # noqa: B027 - a method without schedules has nothing to do here
-        """Called once before training and after every applied optimizer step; `step` counts applied steps."""
+        """Called once before training and after every optimizer step; `step` counts steps, those that were thrown away included."""
 
     def teacher_momentum(self, step: int) -> float:
-        """m of teacher ← m · teacher + (1 - m) · student in the update after applied step `step` (1, 2, …), ahead of the next forward."""
+        """m of teacher ← m · teacher + (1 - m) · student in the update after step `step` (1, 2, …), ahead of the next forward."""
         raise NotImplementedError(f"{type(self).__name__} names teachers in teacher_of; it must say their momentum")
 
     def train(self, mode: bool = True):
@@ -81,7 +81,8 @@ class Method(nn.Module, ABC):
     def diagnostics(self) -> dict[str, torch.Tensor]:
         """Tensors about the last forward pass, reduced over all ranks; called on every rank at log steps only.
 
-        The monitor reads "embedding_std" (see the function of that name) and "prototypes_used" (where chance_loss is ln K).
+        The monitor reads "embedding_std" and "embedding_rank" (see `spread_of`), and "prototypes_used" and "prototype_entropy", in nats
+        (where chance_loss is ln K).
         """
         return {}
 
@@ -106,3 +107,25 @@ def embedding_std(z: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Ten
     D = z.shape[1]
     mean, square = sums[:D] / sums[-1], sums[D:-1] / sums[-1]
     return (square - mean.square()).clamp_min(0).sqrt().mean().mul(D**0.5).float()
+
+
+@torch.no_grad()
+def effective_rank(z: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """exp(entropy of σ / Σσ), σ the singular values of all rows of `group` of z / |z|; z [N, D], any N per rank, one scalar.
+
+    1 where all rows lie on one line, min(N, D) where they fill all dimensions alike; nan where z is not finite. The rows are not centred.
+    One all-reduce of D² numbers and a decomposition in fp64. Source: Garrido et al. 2023 (RankMe), arXiv 2210.02885.
+    """
+    unit = torch.nn.functional.normalize(z.double(), dim=1)
+    moments = unit.T @ unit
+    if group is not None:
+        dist.all_reduce(moments, group=group)
+    finite = moments.isfinite().all()
+    lengths = torch.linalg.eigvalsh(torch.where(finite, moments, 0)).clamp_min(0).sqrt()
+    shares = lengths / lengths.sum()
+    return torch.where(finite, torch.special.entr(shares).sum().exp(), torch.nan).float()
+
+
+def spread_of(z: torch.Tensor, group: dist.ProcessGroup | None) -> dict[str, torch.Tensor]:
+    """What `diagnostics` says of embeddings z [N, D]."""
+    return {"embedding_std": embedding_std(z, group), "embedding_rank": effective_rank(z, group)}

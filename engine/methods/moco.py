@@ -16,7 +16,7 @@ from fuseer.engine.config import MethodConfig
 from fuseer.engine.data.philox import SHUFFLE_STREAM, words
 from fuseer.engine.data.view import Batch, View
 from fuseer.engine.distributed import gather_rows
-from fuseer.engine.methods.method import Ground, Loss, Method, embedding_std
+from fuseer.engine.methods.method import Ground, Loss, Method, spread_of
 from fuseer.engine.models.heads import ProjectionHead
 from fuseer.engine.models.norm import replace_batch_norm
 from fuseer.engine.schedule import half_cosine
@@ -102,7 +102,7 @@ class MomentumContrast(Method):
         return self.config.teacher_momentum
 
     def diagnostics(self) -> dict[str, torch.Tensor]:
-        return {"embedding_std": embedding_std(self._queries, self.group)}
+        return spread_of(self._queries, self.group)
 
 
 class MoCo(MomentumContrast):

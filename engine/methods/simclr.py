@@ -13,7 +13,7 @@ from torch import nn
 
 from fuseer.engine.config import MethodConfig
 from fuseer.engine.data.view import Batch, View
-from fuseer.engine.methods.method import Ground, Loss, Method, embedding_std
+from fuseer.engine.methods.method import Ground, Loss, Method, spread_of
 from fuseer.engine.models.heads import ProjectionHead
 from fuseer.kernels.functional import nt_xent
 
@@ -87,4 +87,4 @@ class SimCLR(Method):
         return VIEWS * math.log(2 * self.images - 1)
 
     def diagnostics(self) -> dict[str, torch.Tensor]:
-        return {"embedding_std": embedding_std(self._z, self.group)}
+        return spread_of(self._z, self.group)

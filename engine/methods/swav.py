@@ -16,7 +16,7 @@ from torch import nn
 
 from fuseer.engine.config import MethodConfig
 from fuseer.engine.data.view import Batch, View
-from fuseer.engine.methods.method import Ground, Loss, Method, embedding_std
+from fuseer.engine.methods.method import Ground, Loss, Method, spread_of
 from fuseer.engine.models.heads import ProjectionHead, Prototypes
 from fuseer.kernels.functional import swapped_prediction
 
@@ -126,7 +126,7 @@ class SwAV(Method):
             dist.all_reduce(both, group=self.group)
         mean, counts = both / both.sum(1, keepdim=True).clamp_min(1)
         return {
-            "embedding_std": embedding_std(self._z, self.group),
+            **spread_of(self._z, self.group),
             "prototype_entropy": -torch.xlogy(mean, mean).sum(),
             "prototypes_used": (counts > 0).sum(),
             "prototype_usage": counts.sort(descending=True).values[:USAGE_BARS],
@@ -151,7 +151,7 @@ class SwAV(Method):
     def _queue_scores(self) -> torch.Tensor | None:
         if not self.queue.shape[1] or self.queue_rows < self.queue.shape[1]:
             return None
-        return self.queue @ self.prototypes.weight.detach().T
+        return self.queue @ self.prototypes.weight.detach().to(self.queue.dtype).T
 
     def _enqueue(self, z: torch.Tensor) -> None:
         B = min(z.shape[1], self.queue.shape[1])

@@ -1,6 +1,7 @@
 """Which network does a backbone's name mean, ours or timm's, with features [B, D] and a width?"""
 
 import difflib
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from fuseer.engine.config import TrainConfig
 from fuseer.engine.models.norm import replace_batch_norm
+from fuseer.engine.models.recompute import compile_blocks, recompute_stages
 from fuseer.engine.models.regnet import NAMED, build_regnet
 from fuseer.engine.models.vit import NAMED as NAMED_VIT
 from fuseer.engine.models.vit import build_vit
@@ -29,13 +31,22 @@ class TimmBackbone(nn.Module):
         return self.model(images.contiguous(memory_format=self.memory_format))
 
 
-def build_backbone(name: str, *, group: dist.ProcessGroup | None = None, channels_last: bool = False, **options) -> nn.Module:
+def build_backbone(
+    name: str,
+    *,
+    group: dist.ProcessGroup | None = None,
+    channels_last: bool = False,
+    recompute: str | Sequence = (),
+    recompute_min_size: int = 0,
+    compiled: bool = False,
+    **options,
+) -> nn.Module:
     """The backbone called `name`: forward maps images [B, 3, H, W] to features [B, D], `width` is D.
 
     "anynet", "regnet" and the keys of `regnet.NAMED` are ours, with the options of `build_regnet`; the keys of `vit.NAMED` with those of
     `build_vit`; any other name is timm's, with the options of `timm.create_model`. Norms are over `group` (None: this process). With
-    `channels_last` the activations are, while the weights stay contiguous, as DeepSpeed demands. Raises ValueError for a name that neither
-    has.
+    `channels_last` the activations are, while the weights stay contiguous, as DeepSpeed demands. `recompute` and `recompute_min_size`
+    are told to `recompute_stages`; `compiled` compiles the blocks. Raises ValueError for a name that neither has.
     """
     if name in NAMED_VIT:
         backbone = build_vit(name, **options)
@@ -44,7 +55,9 @@ def build_backbone(name: str, *, group: dist.ProcessGroup | None = None, channel
     else:
         backbone = _timm_backbone(name, group, options)
     backbone.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return backbone
+    if recompute:
+        recompute_stages(backbone, recompute, recompute_min_size)
+    return compile_blocks(backbone) if compiled else backbone
 
 
 def _timm_backbone(name: str, group: dist.ProcessGroup | None, options: dict) -> TimmBackbone:
@@ -60,4 +73,13 @@ def _timm_backbone(name: str, group: dist.ProcessGroup | None, options: dict) ->
 def initial_backbone(config: TrainConfig, group: dist.ProcessGroup | None = None) -> nn.Module:
     """The backbone of a run's `TrainConfig` as it was before the first step: decided by the seed alone."""
     torch.manual_seed(config.seed)
-    return build_backbone(config.model.name, group=group, channels_last=config.model.channels_last, **config.model.options)
+    model = config.model
+    return build_backbone(
+        model.name,
+        group=group,
+        channels_last=model.channels_last,
+        recompute=model.recompute,
+        recompute_min_size=model.recompute_min_size,
+        compiled=model.compile_blocks,
+        **model.options,
+    )

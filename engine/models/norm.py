@@ -1,7 +1,9 @@
 """How are activations normalised by batch statistics: in fp32, over one process or a group of them?"""
 
 import copy
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,55 @@ from torch.nn import functional as F
 
 HALF = (torch.float16, torch.bfloat16)
 REPLACEABLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# autograd computes again in threads of its own, one a device
+_ACTIVE = threading.local()
+
+
+class _Pass(AbstractContextManager):
+    """One pass of a call that is computed twice: the first keeps its norms' moments in their order, each later one hands them out again."""
+
+    def __init__(self, kept: list, *, first: bool):
+        self.kept, self.first, self.outer, self.taken = kept, first, None, 0
+
+    def __enter__(self):
+        self.outer, self.taken = _active_pass(), 0
+        _ACTIVE.innermost = self
+
+    def __exit__(self, *_):
+        _ACTIVE.innermost, self.outer = self.outer, None
+
+    def moments(self, measure: Callable[[], tuple]) -> tuple:
+        if self.first:
+            self.kept.append(measure() if self.outer is None else self.outer.moments(measure))
+            return self.kept[-1]
+        self.taken += 1
+        return self.kept[self.taken - 1]
+
+
+def _active_pass() -> _Pass | None:
+    return getattr(_ACTIVE, "innermost", None)
+
+
+def _is_repeated() -> bool:
+    """Is this forward one that was made before, and is made again for its gradient?"""
+    # a compiler decides itself what to compute again, and cannot trace a thread's own variables
+    if torch.compiler.is_compiling():
+        return False
+    inside = _active_pass()
+    while inside is not None and inside.first:
+        inside = inside.outer
+    return inside is not None
+
+
+def recomputation() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """The first and the second pass of one call, for `context_fn` of torch.utils.checkpoint without reentrance.
+
+    In the second pass the norms below move no statistics, count no batch, and join no collective: those over a group take the moments of
+    the first pass, those alone take them again of the same rows; either way the bits are those of the first pass. Calls may be nested,
+    made several times a step and repeated in any order; what one keeps, 3C + 1 numbers for every norm over a group, goes with its graph.
+    """
+    kept: list[tuple] = []
+    return _Pass(kept, first=True), _Pass(kept, first=False)
 
 
 def _per_channel(stat: Tensor, x: Tensor) -> Tensor:
@@ -42,19 +93,16 @@ class _GroupNormalise(torch.autograd.Function):
     """(x - mean) / sqrt(var + eps) · weight + bias with moments of the union of the group's rows; mean = high + low, two parts of dtype."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, group):
-        mean, variance, total = _union_moments(x, weight.dtype, group)
-        high = mean.to(weight.dtype)
-        low = (mean - high).to(weight.dtype)
+    def forward(ctx, x, weight, bias, moments, eps, group):
+        high, low, variance, total = moments
         ctx.save_for_backward(x, weight, high, low, variance, total)
         ctx.eps, ctx.group = eps, group
-        ctx.mark_non_differentiable(high, variance, total)
         bias = bias - low * weight * torch.rsqrt(variance + eps)
-        return F.batch_norm(x, high, variance, weight, bias, False, 0.0, eps), high, variance, total
+        return F.batch_norm(x, high, variance, weight, bias, False, 0.0, eps)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, *_):
+    def backward(ctx, dout):
         x, weight, high, low, variance, total = ctx.saved_tensors
         inverse_std = torch.rsqrt(variance + ctx.eps)
         centred = x.to(high.dtype) - _per_channel(high, x)
@@ -70,7 +118,7 @@ class _GroupNormalise(torch.autograd.Function):
             slope = mean_dout_normalised * inverse_std
             dx = dout - _per_channel(mean_dout - low * slope, x) - centred * _per_channel(slope, x)
             dx = dx.mul_(_per_channel(weight * inverse_std, x)).to(x.dtype)
-        return dx, dweight, dbias, None, None
+        return dx, dweight, dbias, None, None, None
 
 
 class BatchNorm(nn.Module):
@@ -79,8 +127,8 @@ class BatchNorm(nn.Module):
     x is [N, C] or [N, C, ...]; every axis but the channel axis is reduced. Training normalises by the biased variance of the batch and
     moves `running_mean` and `running_var` (unbiased) by `momentum`; evaluation normalises by these two. The output has the dtype of x,
     which may be half while parameters and statistics are float32. Casting the module to half casts the parameters only (they are
-    upcast in forward); the statistics stay float32. Keys of the state are those of torch's BatchNorm. `affine=False` leaves out weight and
-    bias, `shift=False` the bias alone. Differentiable once in x, weight and bias.
+    upcast in forward); the statistics stay float32. Under a `recomputation` they move in the first pass only. The state has the keys of
+    torch's BatchNorm. `affine=False` leaves out weight and bias, `shift=False` the bias alone. Differentiable once in x, weight and bias.
 
     `group=None` means this process alone, also when torch.distributed is initialised. With a group, training uses the moments of the union
     of its ranks' rows: one all-gather of 2C + 1 numbers merged as Chan et al. (1979) forward, one all-reduce of 2C backward. Counts may
@@ -122,26 +170,38 @@ class BatchNorm(nn.Module):
         dtype = self.running_mean.dtype
         weight = None if self.weight is None else self.weight.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        if self.training:
+        moves = self.training and not _is_repeated()
+        if moves:
             self.num_batches_tracked.add_(1)
         if self.training and self.group is not None:
             return self._forward_group(x, weight, bias)
-        return self._forward_alone(x, weight, bias)
+        return self._forward_alone(x, weight, bias, moves)
 
-    def _forward_alone(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, self.training, self.momentum, self.eps)
+    def _forward_alone(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, moves: bool) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        if self.training and not moves:
+            # torch moves what it is given: here copies, which are saved for backward in their place
+            mean, variance = mean.clone(), variance.clone()
+        return F.batch_norm(x, mean, variance, weight, bias, self.training, self.momentum, self.eps)
 
     def _forward_group(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         weight = torch.ones_like(self.running_mean) if weight is None else weight
         bias = torch.zeros_like(self.running_mean) if bias is None else bias
-        out, mean, variance, total = _GroupNormalise.apply(x, weight, bias, self.eps, self.group)
+        inside = _active_pass()
+        moments = self._group_moments(x) if inside is None else inside.moments(lambda: self._group_moments(x))
+        return _GroupNormalise.apply(x, weight, bias, moments, self.eps, self.group)
+
+    @torch.no_grad()
+    def _group_moments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean in two parts, variance and row count of the group's rows, which move the running statistics."""
+        dtype = self.running_mean.dtype
+        mean, variance, total = _union_moments(x, dtype, self.group)
+        high = mean.to(dtype)
         # stays on the device: asking the host whether any row exists would stall every layer
-        rate = (total > 0).to(mean.dtype) * self.momentum
-        unbiased = variance * (total / (total - 1).clamp(min=1))
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, rate)
-            self.running_var.lerp_(unbiased, rate)
-        return out
+        rate = (total > 0).to(dtype) * self.momentum
+        self.running_mean.lerp_(high, rate)
+        self.running_var.lerp_(variance * (total / (total - 1).clamp(min=1)), rate)
+        return high, (mean - high).to(dtype), variance, total
 
     def _check(self, x: Tensor) -> None:
         if x.dim() < 2 or x.shape[1] != self.num_features:
@@ -193,9 +253,9 @@ class SplitBatchNorm(BatchNorm):
             raise ValueError(f"SplitBatchNorm: splits must be at least 1, and group None; got splits={splits}, group={self.group}")
         self.splits = splits
 
-    def _forward_alone(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def _forward_alone(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, moves: bool) -> Tensor:
         if not self.training:
-            return super()._forward_alone(x, weight, bias)
+            return super()._forward_alone(x, weight, bias, moves)
         if x.shape[0] % self.splits or x.numel() < 2 * self.splits * self.num_features:
             raise ValueError(
                 f"SplitBatchNorm: x must have rows for {self.splits} equal slices of at least 2 values per channel; got {list(x.shape)}"
@@ -203,8 +263,9 @@ class SplitBatchNorm(BatchNorm):
         means, variances = self.running_mean.repeat(self.splits, 1), self.running_var.repeat(self.splits, 1)
         slices = zip(x.chunk(self.splits), means, variances, strict=True)
         out = torch.cat([F.batch_norm(part, mean, var, weight, bias, True, self.momentum, self.eps) for part, mean, var in slices])
-        self.running_mean.copy_(means.mean(0))
-        self.running_var.copy_(variances.mean(0))
+        if moves:
+            self.running_mean.copy_(means.mean(0))
+            self.running_var.copy_(variances.mean(0))
         return out
 
     def extra_repr(self) -> str:

@@ -1,5 +1,6 @@
 """What is a RegNet, and which AnyNet does a name, a quantised linear rule or a list of stages build?"""
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from fuseer.engine.models.norm import BatchNorm
 
-# (depth, w0, wa, wm, group width) of pycls' model zoo; Y from 64gf on as SEER trained them
+# (depth, w0, wa, wm, group width) of pycls' model zoo; Y from 64gf on as SEER trained them. SEER's first paper prints the stage widths of
+# 128gf, 528 1056 2904 7392, for its 256gf, whose weights are 746 1492 4103 10444 wide; ClassyVision's regnet_y_256gf is a third network
 NAMED = {
     "regnetx_200mf": (13, 24, 36.44, 2.49, 8),
     "regnetx_400mf": (22, 24, 24.48, 2.54, 16),
@@ -41,6 +43,9 @@ NAMED = {
     "regnety_128gf": (27, 456, 160.83, 2.52, 264),
     "regnety_256gf": (27, 640, 230.83, 2.53, 373),
     "regnety_10b": (27, 1744, 620.83, 2.52, 1010),
+    # ours: groups of a multiple of 8 channels, as tensor cores take them; no published weights fit
+    "regnety_256gf_friendly": (27, 640, 230.83, 2.53, 376),
+    "regnety_10b_friendly": (27, 1744, 620.83, 2.52, 1008),
 }
 SE_RATIO = {"regnetx": 0.0, "regnety": 0.25}
 
@@ -225,6 +230,7 @@ class AnyNet(nn.Module):
                 width = stage.width
             self.stages.append(blocks)
         self.width = width
+        self.widths = [stage.width for stage in stages]
         self.memory_format = torch.contiguous_format
         self._initialise(zero_init_last)
 
@@ -235,6 +241,17 @@ class AnyNet(nn.Module):
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
             elif isinstance(module, _Block) and zero_init_last:
                 nn.init.zeros_(module.conv3.bn.weight)
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        """As nn.Module's; ValueError where the weights are of other stage widths, as those of a friendly sibling are."""
+        keys = (f"{prefix}stages.{index}.0.conv3.conv.weight" for index in itertools.count())
+        widths = [len(state_dict[key]) for key in itertools.takewhile(state_dict.__contains__, keys)]
+        if widths and widths != self.widths:
+            raise ValueError(
+                f"AnyNet: the weights are of a network with stages {widths} wide, this one has {self.widths}: they do not fit each other, "
+                "nor do those of a name with and without _friendly; name the model that the weights are of"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def feature_map(self, images: Tensor) -> Tensor:
         """The last stage's activations [B, D, h, w]."""
@@ -250,6 +267,24 @@ class AnyNet(nn.Module):
         return features.mean((2, 3), dtype=torch.promote_types(features.dtype, torch.float32))
 
 
+def named_stages(name: str, **options) -> tuple[Stage, ...]:
+    """The stages of a key of `NAMED`, with `options` of `regnet_stages` in place of its own."""
+    row = dict(zip(("depth", "w0", "wa", "wm", "group_width"), NAMED[name], strict=True))
+    return regnet_stages(**{**row, "se_ratio": SE_RATIO[name.split("_")[0]], **options})
+
+
+def stages_of(state: Mapping[str, Tensor]) -> tuple[Stage, ...]:
+    """The stages of the `AnyNet` with these weights under our keys, as shapes tell: strides are taken for 2 and an se_ratio for 0.25."""
+    stages = []
+    while f"stages.{len(stages)}.0.conv3.conv.weight" in state:
+        at = f"stages.{len(stages)}."
+        depth = len({key.split(".")[2] for key in state if key.startswith(at)})
+        width, inner = (state[f"{at}0.{name}.conv.weight"].shape[0] for name in ("conv3", "conv2"))
+        group_width, squeezed = state[f"{at}0.conv2.conv.weight"].shape[1], f"{at}0.se.fc1.weight" in state
+        stages.append(Stage(depth, width, group_width, inner / width, 0.25 if squeezed else 0.0))
+    return tuple(stages)
+
+
 def build_regnet(
     name: str,
     *,
@@ -262,16 +297,15 @@ def build_regnet(
 ) -> AnyNet:
     """The `AnyNet` called `name`: a key of `NAMED`, or "regnet" or "anynet" with the arguments of `regnet_stages` or `anynet_stages`.
 
-    For a named model the stage options override its row: `strides`, `se_ratio`, `group_width` (376 for regnety_256gf aligns to tensor
-    cores), `depth` and so on. Raises ValueError for an unknown name, TypeError for an option that `regnet_stages` or `anynet_stages` lacks.
+    For a named model the stage options override its row: `strides`, `se_ratio`, `group_width`, `depth` and so on. Raises ValueError for
+    an unknown name, TypeError for an option that `regnet_stages` or `anynet_stages` lacks.
     """
     if name == "anynet":
         stages = anynet_stages(**stage_options)
     elif name == "regnet":
         stages = regnet_stages(**stage_options)
     elif name in NAMED:
-        row = dict(zip(("depth", "w0", "wa", "wm", "group_width"), NAMED[name], strict=True))
-        stages = regnet_stages(**{**row, "se_ratio": SE_RATIO[name.split("_")[0]], **stage_options})
+        stages = named_stages(name, **stage_options)
     else:
         raise ValueError(f"build_regnet: name must be regnet, anynet or one of {', '.join(NAMED)}; got {name!r}")
     return AnyNet(

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from fuseer.engine import checkpoint, distributed
@@ -236,7 +235,7 @@ def test_rows_apart_buffers_and_counts_follow(chain):
             assert of["sgd"]["queue"].flatten().tolist() == list(range(rank * rows, (rank + 1) * rows))
             assert of["sgd"]["told"] == ({"rows": 5}, False)
     assert [rank["adamw"]["step"] for found in chain[0] for rank in found] == 4 * [0] + 2 * [3] + 3 * [5]
-    first, second = (load_file(chain[1] / "sgd" / f"step_{CHAIN[at][2]:08d}" / checkpoint.MODEL) for at in (0, 1))
+    first, second = (checkpoint.read(chain[1] / "sgd" / f"step_{CHAIN[at][2]:08d}", checkpoint.MODEL) for at in (0, 1))
     assert first["seen"] == 1.5, "the mean of 0, 1, 2, 3"
     assert second["frozen"][0, 0].signbit(), "put together from shards and still -0.0"
 
@@ -244,11 +243,15 @@ def test_rows_apart_buffers_and_counts_follow(chain):
 def test_the_file_tells_who_held_what(chain):
     for ranks, _, last in CHAIN:
         text = (chain[1] / "sgd" / f"step_{last:08d}" / "meta.json").read_text()
-        segments = json.loads(text)["segments"][checkpoint.MODEL]
+        tables = json.loads(text)["tensors"]
         shapes = {name: p.shape for name, p in Toy(ALONE).named_parameters() if p.requires_grad}
-        assert segments.keys() == shapes.keys()
-        for name, rows in segments.items():
-            held = sorted(at for _, _, _, offset, numel in rows for at in range(offset, offset + numel))
-            assert held == list(range(shapes[name].numel())) and {row[0] for row in rows} <= set(range(ranks))
-        assert any(len(rows) > 1 for rows in segments.values()), "something lies on several ranks"
-        assert f"[{', '.join(map(str, segments['unused'][0]))}]" in text, "a segment is one line"
+        for kind, prefix in ((checkpoint.MODEL, ""), (checkpoint.OPTIMIZER, "momentum_buffer/")):
+            for name, shape in shapes.items():
+                rows = tables[kind][prefix + name]["pieces"]
+                held = sorted(at for _, offset, numel in rows for at in range(offset, offset + numel))
+                assert held == list(range(shape.numel())) and {row[0] for row in rows} <= set(range(ranks))
+            sizes = [sum(n for facts in tables[kind].values() for at, _, n in facts["pieces"] if at == rank) for rank in range(ranks)]
+            assert all(sizes), "every rank writes"
+        rows = [facts["pieces"] for facts in tables[checkpoint.MODEL].values()]
+        assert any(len(pieces) > 1 for pieces in rows), "something lies on several ranks"
+        assert f"[{', '.join(map(str, tables[checkpoint.MODEL]['unused']['pieces'][0]))}]" in text, "a piece is one line"

@@ -42,9 +42,9 @@ def test_overrides_reach_every_depth(config):
         ("optim.name", "larc", "optim.name: .*'lars', 'sgd' or 'adamw'"),
         ("optim.variant", "lamb", "optim.variant: .*'larc', 'mocov3', 'simclr', 'byol' or 'paws'"),
         ("precision", "fp8", "precision"),
-        ("optim.schedule", "linear", "optim.schedule: .*'cosine' or 'step'"),
+        ("optim.schedule", "linear", "optim.schedule: .*'cosine', 'step' or 'constant'"),
         ("optim.schedule", "step", "one of milestones_steps and milestones_epochs.*got schedule=step and no milestones"),
-        ("optim.milestones_epochs", "[120, 160]", "schedule=cosine with neither; got schedule=cosine and milestones_epochs=.120.0, 160.0"),
+        ("optim.milestones_epochs", "[120, 160]", "and constant with neither; got schedule=cosine and milestones_epochs=.120.0, 160.0"),
         ("optim.variant", "mocov3", "variant=mocov3 is one of name=lars; adamw has none"),
         ("steps", "0", "exactly one of steps and epochs"),
         ("zero_stage", "4", "zero_stage: .*less than or equal to 3.*got 4"),
@@ -58,6 +58,8 @@ def test_mistakes_are_named(config, key, value, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"schedule": "constant", "milestones_steps": "[5]"}, "constant with neither; got schedule=constant and milestones_steps=.5."),
+        ({"schedule": "constant", "per_epoch": "true"}, "schedule=constant has none: leave per_epoch out"),
         ({"milestones_steps": "[5]", "milestones_epochs": "[5]"}, "one of .*milestones_steps=.5. and milestones_epochs=.5.0."),
         ({"milestones_steps": "[5, 5]"}, "milestones_steps must rise from above 0; got .5, 5"),
         ({"milestones_epochs": "[0, 1]"}, "milestones_epochs must rise from above 0; got .0.0, 1.0"),

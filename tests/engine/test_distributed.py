@@ -30,7 +30,16 @@ def test_batch_arithmetic_agrees():
 def test_dangerous_defaults_are_named():
     said = deepspeed_config(configured(), world_size=8)
     assert said["gradient_clipping"] == 0.0 and said["zero_optimization"]["round_robin_gradients"] is False
-    assert said["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    assert not {"torch_autocast", "bf16", "fp16", "data_types"} & said.keys(), "autocast is ours"
+
+
+def test_half_weights_are_deepspeeds_and_several_gradients_are_summed_in_fp32():
+    said = deepspeed_config(configured(precision="bf16", zero_stage=1), world_size=8)
+    assert said["bf16"] == {"enabled": True} and not {"fp16", "data_types"} & said.keys()
+    said = deepspeed_config(configured(precision="fp16", zero_stage=1, accumulation_steps=2), world_size=8)
+    assert said["fp16"]["loss_scale"] == 0 and said["data_types"] == {"grad_accum_dtype": "fp32"}
+    with pytest.raises(ValueError, match="zero_stage=0 would sum the gradients of 2 micro-batches in half"):
+        configured(precision="bf16", accumulation_steps=2)
 
 
 def test_a_batch_that_does_not_split_is_refused():
@@ -69,3 +78,18 @@ def test_a_process_can_leave_the_world_and_train_again():
         finally:
             stop()
         assert not torch.distributed.is_initialized() and not torch.equal(module.weight, before)
+
+
+def test_a_process_alone_copies_no_gradient_and_leaves_none_out():
+    """Stage 0: nothing is flattened, the gradient is autograd's own tensor, and a parameter that no forward used gets 0 as under ZeRO."""
+    ranks = start()
+    try:
+        module = torch.nn.ModuleDict({"used": torch.nn.Linear(3, 2), "unused": torch.nn.Linear(3, 2)})
+        module.forward = lambda x: module["used"](x).sum()
+        config = load_recipe("tiny_swav").config().model_copy(update={"batch_size": 4, "precision": "fp32", "zero_stage": 0})
+        engine = initialize_deepspeed(module, torch.optim.SGD(module.parameters(), lr=0.1), config, ranks.world_size)
+        engine.flatten = None
+        engine.backward(engine(torch.ones(4, 3)))
+        assert module["used"].weight.grad.eq(4).all() and module["unused"].weight.grad.eq(0).all()
+    finally:
+        stop()

@@ -15,7 +15,7 @@ from fuseer.engine import distributed, monitor
 from fuseer.engine.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from fuseer.engine.data.sources import open_source
 from fuseer.engine.data.view import Batch, View
-from fuseer.engine.methods.method import Ground
+from fuseer.engine.methods.method import Ground, effective_rank
 from fuseer.engine.methods.moco import MoCoConfig
 from fuseer.engine.methods.simclr import SimCLRConfig
 from fuseer.engine.methods.swav import SwAVConfig
@@ -50,7 +50,7 @@ def test_a_loss_above_chance_is_no_better():
 
 
 def test_it_is_said_again_when_it_comes_back_and_when_it_has_passed():
-    said = watched([CHANCE] * 30 + [3.0] * 30 + [CHANCE] * 40)
+    said = [entry for entry in watched([CHANCE] * 30 + [3.0] * 30 + [CHANCE] * 40) if entry[1] != "jump"]
     assert [(sign, over) for _, sign, over, _ in said] == [("chance", False), ("chance", True), ("chance", False)]
     assert said[1][3] == "the loss has left chance" and said[2][0] >= 600 + 150
 
@@ -97,6 +97,38 @@ def test_few_prototypes_are_judged_by_what_a_batch_can_use():
 def test_ranks_without_numbers_say_nothing():
     watch = Monitor(CHANCE, 64, 0, 1000)
     assert not any(watch.observe(step, {}) for step in range(10, 1000, 10))
+
+
+def test_a_jump_of_the_loss_is_said_at_once_and_when_it_is_over():
+    steady = [3.0 + 0.02 * (step % 3) for step in range(40)]
+    said = watched([*steady, 4.0, 4.1, *steady])
+    assert [(step, sign, over) for step, sign, over, _ in said] == [(410, "jump", False), (430, "jump", True)]
+    assert said[0][3] == "the loss has jumped to 4.0000, after 3.0200 for 200 steps; see docs/symptoms.md"
+    assert not watched([*steady, 3.2, *steady]), "within a tenth"
+    noisy = [3.0 + 0.2 * (step % 5) for step in range(40)]
+    assert not watched([*noisy, 4.4, *noisy]), "within what batches differ by"
+    assert not watched([5 - 0.04 * step for step in range(60)]), "falling is no jump"
+
+
+def test_what_is_not_finite_hides_nothing():
+    assert [sign for _, sign, *_ in watched([CHANCE if step % 3 else math.nan for step in range(90)])] == ["chance"]
+
+
+def test_few_dimensions_and_low_entropy_are_said_in_words():
+    low, losses = [1.2] * 30 + [6.0] * 40, [3.0] * 70
+    (rank, again) = watched(losses, embedding_rank=low)
+    assert rank[:3] == (210, "rank", False) and "effective rank 1.20, small for 200 steps" in rank[3] and again[2]
+    # the batch is of 64 images, a tenth of that 6.4 prototypes
+    (entropy, again) = watched(losses, prototype_entropy=[math.log(value) for value in [6.0] * 30 + [20.0] * 40])
+    assert entropy[:3] == (210, "entropy", False) and "is that of 6.0, low for 200 steps" in entropy[3] and again[2]
+    assert not watched(losses, prototype_entropy=[math.log(7.0)] * 70, embedding_rank=[2.1] * 70)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 16])
+def test_the_effective_rank_counts_dimensions(rank):
+    z = torch.randn(2000, rank) @ torch.linalg.qr(torch.randn(16, rank))[0].T
+    assert effective_rank(z, None) == pytest.approx(rank, rel=0.01)
+    assert effective_rank(torch.full((4, 16), torch.nan), None).isnan()
 
 
 GREY = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.0, "hue": 0.0, "grayscale": 0.0, "blur": 0.0}
@@ -182,10 +214,10 @@ def test_a_training_that_learns_is_left_alone(config, photographs):
 @pytest.mark.parametrize(
     ("config", "optim", "blind", "signs"),
     [
-        (SWAV, ADAMW, True, {"chance", "collapse", "prototypes"}),
-        (SimCLRConfig(**HEAD), ADAMW, True, {"chance", "collapse"}),
-        (SWAV, CRUSHED, False, {"collapse", "prototypes"}),
-        (MOCO, CRUSHED, False, {"collapse"}),
+        (SWAV, ADAMW, True, {"chance", "collapse", "rank", "prototypes"}),
+        (SimCLRConfig(**HEAD), ADAMW, True, {"chance", "collapse", "rank"}),
+        (SWAV, CRUSHED, False, {"collapse", "rank", "prototypes"}),
+        (MOCO, CRUSHED, False, {"collapse", "rank"}),
     ],
     ids=["swav, blind", "simclr, blind", "swav, crushed", "moco, crushed"],
 )

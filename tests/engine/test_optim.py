@@ -107,10 +107,13 @@ def test_larc_leaves_a_zero_gradient_alone():
 
 
 @pytest.mark.parametrize("bad", [1.0, torch.inf, torch.nan], ids=["told", "inf", "nan"])
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
-def test_a_step_thrown_away_changes_nothing(name, bad):
-    """Told by the flag, read at each step anew, or by a gradient; rows that are to be unit are not divided again either."""
+@pytest.mark.parametrize("kind", ["lars", "sgd", "adamw", "sgd, fused", "adamw, fused"])
+def test_a_step_thrown_away_changes_nothing(kind, bad):
+    """Told by the flag, read at each step anew, or by a gradient; rows that are to be unit are not divided again. Fused as on GPUs."""
+    name, _, fused = kind.partition(", ")
     toy, optimizer = prepared(name, weight_decay=0.1)
+    for settings in (optimizer.defaults, *optimizer.param_groups) if fused else ():
+        settings["fused"] = True
     optimizer.skip = torch.tensor(0.0)
     set_gradients(toy, 0)
     optimizer.step()
@@ -121,16 +124,16 @@ def test_a_step_thrown_away_changes_nothing(name, bad):
     set_gradients(toy, 1)
     toy.body.weight.grad[0, 0] = bad
     optimizer.skip.fill_(bad == 1.0)
-    assert not optimizer.overflow
+    assert not optimizer.thrown
     optimizer.step()
-    assert optimizer.overflow
+    assert optimizer.thrown
     for name, p in toy.named_parameters():
         assert torch.equal(p, before[name]), name
         assert all(torch.equal(x, states[name][key]) for key, x in optimizer.state[p].items()), name
     toy.body.weight.grad[0, 0] = 1.0
     optimizer.skip.zero_()
     optimizer.step()
-    assert not optimizer.overflow
+    assert not optimizer.thrown
     assert not any(torch.equal(p, before[name]) for name, p in toy.named_parameters())
 
 

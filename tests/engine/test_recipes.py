@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ import torch
 from fuseer.engine import distributed
 from fuseer.engine.config import TrainConfig, apply_overrides
 from fuseer.engine.methods.method import Ground
-from fuseer.engine.models.backbone import build_backbone
+from fuseer.engine.models.backbone import build_backbone, initial_backbone
 from fuseer.engine.recipes.recipe import load_recipe, recipe_names, saved_config
-from fuseer.engine.train import train
+from fuseer.engine.train import _set_lr, train
 
 TINY = ("tiny_simclr", "tiny_moco_v2", "tiny_moco_v3")
 SMALL = {
@@ -32,7 +33,19 @@ MORE = {
     "tiny_moco_v2": {"method.queue_length": "40", "method.norm_images": "8"},
     "tiny_moco_v3": {"method.predictor_widths": "[16]"},
 }
-SHARED_NORMS = re.compile(r"--num_accelerators (\d+)")
+RANKS = re.compile(r"(?:--num_nodes (\d+) )?--num_accelerators (\d+)")
+# parameters of trunk, head and prototypes; images a step and a rank; steps; start, peak, last and final lr
+SEER = {
+    "seer_regnety_8gf": (37_163_068, 26_108_160, 4_096_000, (4096, 32), 244_140, (0.3, 4.8, 4.8, 0.0048)),
+    "seer_regnety_16gf": (80_565_140, 30_236_928, 4_096_000, (4096, 32), 244_140, (0.3, 4.8, 4.8, 0.0048)),
+    "seer_regnety_32gf": (141_333_770, 33_054_976, 4_096_000, (4096, 32), 244_140, (0.3, 4.8, 4.8, 0.0048)),
+    "seer_regnety_64gf": (276_457_786, 109_527_296, 4_096_000, (4096, 32), 244_140, (0.3, 4.8, 4.8, 0.0048)),
+    "seer_regnety_128gf": (637_419_894, 129_777_920, 4_096_000, (4096, 32), 244_140, (0.3, 4.8, 4.8, 4.8)),
+    "seer_regnety_256gf": (1_272_156_138, 154_779_904, 4_096_000, (8192, 16), 122_070, (0.15, 9.6, 9.6, 0.0096)),
+    "seer_regnety_10b": (9_323_934_872, 300_892_416, 4_096_000, (7936, 16), 126_008, (0.15, 9.3, 9.3, 0.0093)),
+    "seer_regnety_256gf_friendly": (1_292_659_514, 155_468_032, 4_096_000, (8192, 16), 122_070, (0.15, 9.6, 9.6, 0.0096)),
+    "seer_regnety_10b_friendly": (9_286_843_788, 300_433_664, 4_096_000, (7936, 16), 126_008, (0.15, 9.3, 9.3, 0.0093)),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,14 +68,47 @@ def test_a_recipe_says_how_it_is_run_and_reads_back(name, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if not name.startswith("tiny_")])
 def test_a_published_recipe_fits_the_ranks_of_its_command(name):
-    recipe = load_recipe(name)
-    config, ranks = recipe.config(), int(SHARED_NORMS.search(recipe.__doc__)[1])
+    config, ranks = load_recipe(name).config(), ranks_of(name)
     assert config.model.sync_norm_ranks == 0 or ranks % config.model.sync_norm_ranks == 0
     with torch.device("meta"):
         backbone = build_backbone(config.model.name, **config.model.options)
         method = config.method.build(Ground(backbone, None, None, 0, ranks, distributed.micro_batch(config, ranks)))
     first = method.head.dims[0] if hasattr(method, "head") else method.decoder_embed.in_features
     assert first == backbone.width
+
+
+def ranks_of(name: str) -> int:
+    nodes, each = RANKS.search(load_recipe(name).__doc__).groups()
+    return int(nodes or 1) * int(each)
+
+
+@pytest.mark.parametrize("name", SEER)
+def test_seer_is_trained_with_the_published_numbers(name):
+    trunk, head, prototypes, (batch, each), steps, rates = SEER[name]
+    config, ranks = load_recipe(name).config(), ranks_of(name)
+    with torch.device("meta"):
+        backbone = initial_backbone(config)
+        method = config.method.build(Ground(backbone, None, None, 0, ranks, distributed.micro_batch(config, ranks)))
+    counted = [sum(p.numel() for p in part.parameters()) for part in (method.backbone, method.head, method.prototypes)]
+    assert counted == [trunk, head, prototypes]
+    assert (config.batch_size, config.batch_size // ranks, config.steps) == (batch, each, steps)
+    assert abs(steps * batch - 1_000_000_000) < batch, "one pass over 1e9 images"
+    large, small = config.method.views
+    assert (large.size, large.count, large.scale) == (160 if "10b" in name else 224, 2, (0.14, 1.0))
+    assert (small.size, small.count, small.scale) == (96, 4, (0.05, 0.14))
+    assert config.method.epsilon == (0.03 if "10b" in name else 0.05) and config.method.sinkhorn_iterations == 10
+    optim = config.optim
+    assert (optim.name, optim.variant, optim.weight_decay, optim.momentum) == ("lars", "larc", 1e-5, 0.9)
+    assert optim.lr == pytest.approx(0.3 * batch / 256)
+    run = SimpleNamespace(
+        config=config,
+        total_steps=steps,
+        warmup_steps=optim.warmup_steps,
+        index=SimpleNamespace(steps_per_epoch=steps),
+        optimizer=SimpleNamespace(param_groups=[{}]),
+    )
+    assert [_set_lr(run, step) for step in (0, optim.warmup_steps - 1, optim.warmup_steps, steps)] == pytest.approx(rates)
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(rates[-1])
 
 
 def small(name: str, **more: str) -> TrainConfig:

@@ -34,6 +34,11 @@ def test_steps_down_come_after_the_warmup():
     assert ours == [1.0, 1.5, 2.0, 1.0, 1.0, 0.5, 0.5]
 
 
+def test_without_steps_down_the_peak_stays():
+    ours = [warmup_milestones(s, warmup_steps=4, start=0.3, peak=4.8, milestones=(), factor=0.1) for s in range(9)]
+    np.testing.assert_allclose(ours, [0.3, 1.8, 3.3, *[4.8] * 6], rtol=1e-12)
+
+
 def test_the_cosine_per_epoch_is_moco_v2s():
     """lr · (1 + cos(π epoch / 200)) / 2, the same for all steps of an epoch."""
     ours = [warmup_cosine(s, total_steps=1400, warmup_steps=0, start=0, peak=0.03, final=0, hold_steps=7) for s in range(1400)]

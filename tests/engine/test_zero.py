@@ -142,10 +142,10 @@ def engine_run(ranks: Ranks, stage: int, *options, accumulation=1, thrown_at=Non
             images[0, 0, 0, 0] = float("inf") if skip is None and ranks.rank == 0 else 0.0
             optimizer.skip = skip
             one_step(engine, [(images, labels, True)])
-            assert optimizer.overflow if skip is not None else not engine.was_step_applied()
+            assert optimizer.thrown if not stage or skip is not None else not engine.was_step_applied()
             optimizer.skip = None
         one_step(engine, shares(step, ranks.world_size, accumulation)[ranks.rank])
-        assert engine.was_step_applied() and not optimizer.overflow
+        assert engine.was_step_applied() and not optimizer.thrown
     return {"weights": whole_weights(engine.module), "momenta": whole_momenta(engine.module, optimizer)}
 
 

@@ -5,11 +5,54 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from scipy.stats import ks_2samp, kstest
-from torchvision.transforms.v2 import RandomResizedCrop
+from scipy.stats import binomtest, ks_2samp, kstest
+from torchvision.transforms.v2 import ColorJitter, RandomResizedCrop
 
 from fuseer.engine.data.draw import Drawn, draw
 from fuseer.engine.data.view import View
+from fuseer.engine.recipes.recipe import load_recipe
+
+# recipe: (size, views, area, ColorJitter's arguments, probabilities of jitter, grey, blur, solarize) of each group of its views, as the
+# official code has them: swav main_swav.py and src/multicropdataset.py, simclr data_util.py, moco main_moco.py, moco-v3 main_moco.py
+SWAV, V3 = (0.8, 0.8, 0.8, 0.2), (0.4, 0.4, 0.2, 0.1)
+PUBLISHED = {
+    "swav_rn50": [(224, 2, (0.14, 1), SWAV, 0.8, 0.2, 0.5, 0), (96, 6, (0.05, 0.14), SWAV, 0.8, 0.2, 0.5, 0)],
+    "seer_regnety_32gf": [(224, 2, (0.14, 1), SWAV, 0.8, 0.2, 0.5, 0), (96, 4, (0.05, 0.14), SWAV, 0.8, 0.2, 0.5, 0)],
+    "simclr_rn50": [(224, 2, (0.08, 1), SWAV, 0.8, 0.2, 0.5, 0)],
+    "moco_v1_rn50": [(224, 2, (0.2, 1), (0.4, 0.4, 0.4, 0.4), 1, 0.2, 0, 0)],
+    "moco_v2_rn50": [(224, 2, (0.2, 1), (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, 0.5, 0)],
+    "moco_v3_rn50": [(224, 1, (0.2, 1), V3, 0.8, 0.2, 1, 0), (224, 1, (0.2, 1), V3, 0.8, 0.2, 0.1, 0.2)],
+    "moco_v3_vit_s": [(224, 1, (0.08, 1), V3, 0.8, 0.2, 1, 0), (224, 1, (0.08, 1), V3, 0.8, 0.2, 0.1, 0.2)],
+    "mae_vit_b": [(224, 1, (0.2, 1), None, 0, 0, 0, 0)],
+}
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_a_recipes_parameters_are_distributed_as_the_official_codes(recipe):
+    n, size, number = 2000, (375, 500), 0
+    views = load_recipe(recipe).config().method.views
+    assert len(views) == len(PUBLISHED[recipe])
+    for view, (pixels, count, area, jitter, *probabilities) in zip(views, PUBLISHED[recipe], strict=True):
+        drawn = draw(view, number, np.tile(size, (n, 1)), np.arange(n), 3, 0)
+        assert (view.size, view.count) == (pixels, count)
+        number += view.count
+        torch.manual_seed(number)
+        crop, image = RandomResizedCrop(pixels, scale=area), torch.empty(1, *size)
+        theirs = [crop.make_params([image]) for _ in range(n)]
+        for of in (lambda p: p["height"] * p["width"], lambda p: p["height"] / p["width"]):
+            assert ks_2samp(of(vars(drawn)), [of(params) for params in theirs]).pvalue > 1e-3
+        for name, probability in zip(("flip", "jitter", "gray", "blur", "solarize"), (0.5, *probabilities), strict=True):
+            assert binomtest(int(getattr(drawn, name).sum()), n, probability).pvalue > 1e-3, name
+        factors = _by_torchvision(jitter, n) if jitter is not None else {}
+        for name, values in factors.items():
+            assert ks_2samp(getattr(drawn, name)[drawn.jitter], values).pvalue > 1e-3, name
+        if drawn.blur.any():
+            assert kstest((drawn.sigma[drawn.blur] - 0.1) / 1.9, "uniform").pvalue > 1e-3
+
+
+def _by_torchvision(jitter, n):
+    made = [ColorJitter(*jitter).make_params([]) for _ in range(n)]
+    return {name: [params[f"{name}_factor"] for params in made] for name in ("brightness", "contrast", "saturation", "hue")}
 
 
 def rows(drawn: Drawn) -> np.ndarray:
@@ -44,7 +87,9 @@ def test_crop_of_awkward_images_lies_inside():
 
 def test_factors_lie_in_their_ranges_and_are_neutral_where_not_applied():
     n = 4000
-    view = View(size=8, count=1, scale=(0.2, 1), jitter=0.7, brightness=1.5, contrast=0.4, hue=0.1, blur=0.3, solarize=0.2)
+    view = View(
+        size=8, count=1, scale=(0.2, 1), jitter=0.7, brightness=1.5, contrast=0.4, hue=0.1, blur=0.3, solarize=0.2, background_removal=0.1
+    )
     drawn = draw(view, 0, np.full((n, 2), 32), np.arange(n), 1, 2)
     on = drawn.jitter
     ranges = (("brightness", 0, 2.5, 1), ("contrast", 0.6, 1.4, 1), ("saturation", 0.2, 1.8, 1), ("hue", -0.1, 0.1, 0))
@@ -54,7 +99,7 @@ def test_factors_lie_in_their_ranges_and_are_neutral_where_not_applied():
         assert kstest((values[on] - low) / (high - low), "uniform").pvalue > 1e-3
     assert (drawn.sigma[~drawn.blur] == 0).all()
     assert kstest((drawn.sigma[drawn.blur] - 0.1) / 1.9, "uniform").pvalue > 1e-3
-    for name, probability in (("flip", 0.5), ("jitter", 0.7), ("gray", 0.2), ("blur", 0.3), ("solarize", 0.2)):
+    for name, probability in (("flip", 0.5), ("jitter", 0.7), ("gray", 0.2), ("blur", 0.3), ("solarize", 0.2), ("remove", 0.1)):
         assert abs(getattr(drawn, name).mean() - probability) < 5 * np.sqrt(0.25 / n)
 
 

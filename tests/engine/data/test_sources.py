@@ -39,7 +39,7 @@ def test_flat_folder_is_sorted_by_bytes_and_without_labels(tmp_path):
 
 def test_class_folders_any_depth_links_and_loops(tmp_path):
     root = tmp_path / "set"
-    for name in ("dog/1.png", "dog/deep/er/2.png", "cat/3.png", "top.png", "empty/readme.txt"):
+    for name in ("dog/1.png", "dog/deep/er/2.png", "cat/3.png", "top.png", "empty/readme.txt", "cat-x/5.png", "cat.png"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"")
     (tmp_path / "elsewhere").mkdir()
@@ -48,8 +48,8 @@ def test_class_folders_any_depth_links_and_loops(tmp_path):
     (root / "dog/loop").symlink_to(root)
     (root / "self").symlink_to(root / "self")
     source = open_source(str(root))
-    assert names(source) == ["cat/3.png", "dog/1.png", "dog/deep/er/2.png", "eel/4.png", "top.png"]
-    assert source.classes == ["cat", "dog", "eel"] and source.labels.tolist() == [0, 1, 1, 2, -1]
+    assert names(source) == ["cat-x/5.png", "cat.png", "cat/3.png", "dog/1.png", "dog/deep/er/2.png", "eel/4.png", "top.png"]
+    assert source.classes == ["cat", "cat-x", "dog", "eel"] and source.labels.tolist() == [1, -1, 0, 2, 2, 3, -1]
 
 
 def test_splits(tmp_path):
@@ -71,8 +71,15 @@ def test_folders_that_cannot_be_used_are_named(tmp_path):
         open_source(str(tmp_path))
     with pytest.raises(ValueError, match="gone does not exist; give a folder"):
         open_source(str(tmp_path / "gone"))
-    with pytest.raises(ValueError, match="notes.txt is not a folder"):
+    with pytest.raises(ValueError, match="notes.txt: line 1 is no image path, for 'no image' has no known suffix"):
         open_source(str(tmp_path / "notes.txt"))
+    (tmp_path / "x.jpg").write_bytes(b"\xff\xd8\0")
+    with pytest.raises(ValueError, match="x.jpg is neither a folder, a .tar nor a text file"):
+        open_source(str(tmp_path / "x.jpg"))
+    with pytest.raises(ValueError, match="x.jpg has no test split; it needs to be a folder"):
+        open_source(str(tmp_path / "x.jpg"), "test")
+    with pytest.raises(ValueError, match=r"/0.tar does not exist, nor do 2 more of 3 shards"):
+        open_source(str(tmp_path / "{0..2}.tar"))
 
 
 def test_fingerprint_tells_names_not_places(flat, tmp_path_factory):

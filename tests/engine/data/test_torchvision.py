@@ -7,7 +7,10 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from fuseer.engine.data import torchvision as twin
+from fuseer.engine.data import pixels as twin
+from fuseer.engine.data.draw import Drawn
+from fuseer.engine.data.torchvision import resized
+from fuseer.engine.data.view import View
 
 B = 6
 
@@ -25,6 +28,20 @@ def by_torchvision(photos, operation, *values):
     return (torch.stack(done) * 255).round().clamp(0, 255).permute(0, 2, 3, 1).numpy()
 
 
+def drawn_as(**given):
+    """Parameters that do nothing, but for those given."""
+    n = len(next(iter(given.values())))
+    neutral = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0, "sigma": 0.0}
+    whole = dict.fromkeys(("top", "left", "height", "width"), np.zeros(n, np.int64))
+    coins = dict.fromkeys(("flip", "jitter", "gray", "blur", "solarize", "remove"), np.zeros(n, bool))
+    return Drawn(**(whole | coins | {name: np.full(n, x, np.float32) for name, x in neutral.items()} | given))
+
+
+def taps(sigma):
+    blur = drawn_as(sigma=np.float32(sigma), blur=np.ones(len(sigma), bool))
+    return twin.taps_of(View(size=8, count=1, scale=(1, 1)), blur)[1]
+
+
 def assert_close(ours, theirs, photos, most=1, mean=0.005):
     difference = np.abs(ours.astype(float) - theirs)
     assert difference.max() <= most and difference.mean() <= mean, (difference.max(), difference.mean())
@@ -38,18 +55,15 @@ def test_each_operation_is_torchvisions(photos):
     assert_close(twin.gray(photos), grey, photos)
     sigma = np.array([0.1, 0.33, 0.34, 1.0, 1.7, 2.0], np.float32)
     blurred = by_torchvision(photos, lambda image, s: TF.gaussian_blur(image, 2 * int(np.ceil(3 * np.float32(s))) + 1, s), sigma)
-    assert_close(twin.blurred(photos, sigma), blurred, photos)
+    assert_close(twin.blurred(photos, taps(sigma)), blurred, photos)
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
 def test_each_factor_is_torchvisions(photos, name):
     # none that puts many products on a half, where one ulp decides the rounding
     factor = np.array([0, 0.2137, 0.9173, 1, 1.4191, 1.7931], np.float32)
-    neutral = {key: np.ones(B, np.float32) for key in ("brightness", "contrast", "saturation")} | {"hue": np.zeros(B, np.float32)}
-    view = twin.View(size=64, count=1, scale=(1, 1), **({key: 0 for key in neutral} | {name: 0.8}))
-    kinds = {key: np.ones(B, bool) if key == "jitter" else np.zeros(B, bool) for key in ("flip", "jitter", "gray", "blur", "solarize")}
-    zero = dict.fromkeys(("top", "left", "height", "width", "sigma"), np.zeros(B, np.int64))
-    ours = twin.augmented(photos, view, twin.Drawn(**zero, **kinds, **(neutral | {name: factor})))
+    view = View(size=64, count=1, scale=(1, 1), **(dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0) | {name: 0.8}))
+    ours = twin.augmented(photos, view, drawn_as(jitter=np.ones(B, bool), **{name: factor}))
     theirs = by_torchvision(photos, getattr(TF, f"adjust_{name}"), factor)
     # contrast pivots on the mean of the rounded grey image, which can move every pixel's rounding
     assert_close(ours, theirs, photos, mean=0.05 if name == "contrast" else 0.005)
@@ -59,14 +73,13 @@ def test_blur_of_images_smaller_than_its_window(photos):
     for size in (1, 2, 3):
         small = photos[:1, :size, :size]
         wide = np.pad(small, ((0, 0), (8, 8), (8, 8), (0, 0)), mode="reflect" if size > 1 else "edge")
-        inner = twin.blurred(wide, np.array([2.0]))[:, 8 : 8 + size, 8 : 8 + size]
-        assert (twin.blurred(small, np.array([2.0])) == inner).all()
+        inner = twin.blurred(wide, taps([2.0]))[:, 8 : 8 + size, 8 : 8 + size]
+        assert (twin.blurred(small, taps([2.0])) == inner).all()
 
 
 def test_resized_crop_is_torchvisions_on_pillow(photos):
     image = Image.fromarray(photos[0])
-    view = twin.View(size=20, count=1, scale=(1, 1), interpolation="bicubic")
+    view = View(size=20, count=1, scale=(1, 1), interpolation="bicubic")
     box = dict(zip(("top", "left", "height", "width"), np.array([[3], [5], [40], [31]]), strict=True))
-    rest = {name: np.zeros(1) for name in twin.Drawn.__dataclass_fields__ if name not in box}
     expected = TF.resized_crop(image, 3, 5, 40, 31, [20, 20], TF.InterpolationMode.BICUBIC)
-    assert (twin.resized([image], view, twin.Drawn(**box, **rest))[0] == np.asarray(expected)).all()
+    assert (resized([image], view, drawn_as(**box))[0] == np.asarray(expected)).all()

@@ -1,16 +1,19 @@
 """Does BatchNorm equal torch's alone, the union batch over a group, and fp64 truth in every precision?"""
 
 import copy
+import functools
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fuseer.engine.models.heads import ProjectionHead
-from fuseer.engine.models.norm import BatchNorm, SplitBatchNorm, calibrate, replace_batch_norm
+from fuseer.engine.models.norm import BatchNorm, SplitBatchNorm, calibrate, recomputation, replace_batch_norm
 from fuseer.engine.models.regnet import build_regnet
 
 C = 6
@@ -98,6 +101,7 @@ def rank_main(rank, world, folder):
     rows = (own_rows(world, rank, 6), slice(6, 14) if rank == 0 else slice(14, 14))
     calibrated = calibrate(copy.deepcopy(net), [images[r] for r in rows])
     results["calibrated"] = {key: value for key, value in calibrated.state_dict().items() if "running" in key}
+    results["recomputed"] = [twice_through(group, own_rows(world, rank, len(images)), depth) for depth in (0, 1, 2)]
     results["pairs"] = in_pairs(rank, world, dist.new_group)
     results["gradcheck"] = gradcheck_alone(rank, world)
     if rank == 0:
@@ -105,6 +109,28 @@ def rank_main(rank, world, folder):
         results["eval"] = net.eval()(images[:2]).detach()
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def twice_through(group, rows, depth):
+    """What one graph with two forwards, of images and of their quarters, leaves after two backwards, and its collectives; in fp32.
+
+    At `depth` 1 a forward is recomputed; at 2 the network in it once more, before a sine whose input both passes of the outer call need.
+    """
+    net, images = networks(group).float(), images_of_union().float()[rows].requires_grad_()
+    again = functools.partial(checkpoint, use_reentrant=False, context_fn=recomputation)
+
+    def whole(x):
+        return (again(net, x) if depth == 2 else net(x)).sin()
+
+    call = functools.partial(again, whole) if depth else whole
+    counted = [mock.patch.object(dist, name, wraps=getattr(dist, name)) for name in ("all_gather", "all_reduce")]
+    with counted[0] as gathers, counted[1] as sums:
+        outs = [call(images), call(images[:, :, :4, :4])]
+        loss = sum(out.square().mul(torch.arange(4.0)).sum() for out in outs)
+        loss.backward(retain_graph=True)
+        loss.backward()
+    found = [*(out.detach() for out in outs), images.grad, *(p.grad for p in net.parameters()), *net.buffers()]
+    return {"tensors": found, "collectives": (gathers.call_count, sums.call_count)}
 
 
 def in_pairs(rank, world, new_group):
@@ -189,6 +215,15 @@ def test_calibrate_over_a_group_counts_its_rows(ranks):
     for result in ranks:
         for key, value in result["calibrated"].items():
             assert (value - truth[key]).abs().max() <= 1e-12 * truth[key].abs().max(), key
+
+
+def test_recomputation_moves_no_statistic_no_bit_and_joins_no_collective(ranks):
+    """With unequal rows and none; two sizes of crop, which backward meets in the reverse order; calls inside calls."""
+    for result in ranks:
+        kept, *again = result["recomputed"]
+        for other in again:
+            assert len(kept["tensors"]) == len(other["tensors"]) and all(map(torch.equal, kept["tensors"], other["tensors"]))
+            assert kept["collectives"] == other["collectives"] == (2 * 10, 2 * 2 * 10), "10 norms met twice, backward twice over"
 
 
 def test_group_is_only_the_group(ranks):

@@ -1,21 +1,17 @@
-"""How does a published checkpoint become a run folder that is evaluated, fine-tuned and exported like our own?"""
+"""How does an official MAE checkpoint become a run folder that is evaluated, fine-tuned and exported like our own?"""
 
-import argparse
 import json
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fuseer.engine import checkpoint
 from fuseer.engine.config import TrainConfig, apply_overrides
-from fuseer.engine.evaluate.finetune import WEIGHTS
+from fuseer.engine.imports.official import read_file, refuse_misfits, refuse_used, tensors_of, write_run
 from fuseer.engine.methods.method import Ground
 from fuseer.engine.models.backbone import build_backbone
 from fuseer.engine.models.vit import ViT, sincos_positions
@@ -53,9 +49,8 @@ def import_mae(file: Path, out: Path, *, data: str | None = None, heads: int = 0
     Returns {kind, model, difference, classes}: the largest difference over the largest feature; classes of a classifier that was kept.
     Raises ValueError where keys are missing or strange, where shapes or features do not fit, and where `out` already holds something.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"import: out={out} already holds something; name a new folder")
-    state = {key: value.float() for key, value in read_state(file).items()}
+    refuse_used(out)
+    state = {key: value.float() for key, value in tensors_of(read_file(file), file, "model").items()}
     shape = shape_of_file(state)
     head = _head(state, shape.width)
     config = config_of(shape, state, data, heads)
@@ -69,35 +64,12 @@ def import_mae(file: Path, out: Path, *, data: str | None = None, heads: int = 0
     difference = _difference(encoder, backbone, config, shape)
     if not difference < 1e-4:
         raise ValueError(f"import: features differ from those of timm with the same tensors by {difference:.2g} of the largest")
-    checkpoint.save_weights(out / "ckpt", weights, {"imported": str(file)})
-    (out / "config.json").write_text(config.to_json())
-    (out / "metrics.jsonl").write_text(json.dumps({"kind": "import", "step": 0, "file": str(file)}) + "\n")
     # a classifier on the class token is another network than fine-tuning here makes
-    classes = len(state["head.bias"]) if head and shape.fc_norm else 0
-    if classes:
-        (out / "eval").mkdir()
-        save_file({**weights, **head}, out / "eval" / WEIGHTS)
+    kept = head if shape.fc_norm else {}
+    write_run(out, file, config, weights, kept)
     kind = "fine-tuned" if shape.fc_norm else "pretrained, with its decoder" if full else "pretrained"
-    return {"kind": kind, "model": f"{config.model.name} of {shape.image} px", "difference": difference, "classes": classes}
-
-
-def read_state(file: Path) -> dict[str, Tensor]:
-    """{key: tensor} of a .safetensors file, or of a .pth file or its "model". Raises ValueError for anything else; nothing is executed."""
-    if not file.is_file():
-        raise ValueError(f"import: file={file} is not there; name the .pth or .safetensors file")
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    try:
-        # official training scripts save their arguments beside the weights
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        why = str(error).partition("\n")[0]
-        raise ValueError(f"import: {file} cannot be read as tensors alone ({why}); save {{'model': …}} anew") from error
-    state = found.get("model", found) if isinstance(found, dict) else found
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"import: {file} must hold {{'model': {{key: tensor}}}}; got {type(state).__name__} of other things")
-    return dict(state)
+    model, classes = f"{config.model.name} of {shape.image} px", len(kept.get("head.bias", ()))
+    return {"kind": kind, "model": model, "difference": difference, "classes": classes}
 
 
 def shape_of_file(state: Mapping[str, Tensor]) -> Shape:
@@ -166,12 +138,7 @@ def _decoder(state: Mapping[str, Tensor], config: TrainConfig, backbone: ViT) ->
     method = config.method.build(Ground(backbone, None, None, 0, 1, 1))
     own = {key: value for key, value in method.state_dict().items() if not key.startswith("backbone.")}
     found = {key: value for key, value in state.items() if key.startswith(DECODER) and key != "decoder_pos_embed"}
-    wrong = [f"{key} is missing" for key in sorted(own.keys() - found.keys())]
-    wrong += [f"{key} {list(found[key].shape)} is strange here" for key in sorted(found.keys() - own.keys())]
-    both = sorted(own.keys() & found.keys())
-    wrong += [f"{key} is {list(found[key].shape)}, wanted {list(own[key].shape)}" for key in both if own[key].shape != found[key].shape]
-    if wrong:
-        raise ValueError(f"import: the decoder is of another network: {'; '.join(wrong[:8])}{', …' if len(wrong) > 8 else ''}")
+    refuse_misfits("the decoder", found, own)
     return found
 
 
