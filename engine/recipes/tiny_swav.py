@@ -2,7 +2,8 @@
 
 fuseer demo
 
-Expected: four to six minutes on two cores; weighted kNN on the 2,000 test images passes raw pixels, which reach 81.1 %.
+Expected: four to six minutes on two cores; weighted kNN on the 2,000 test images about as good as raw pixels,
+which reach 81.1 %, and 14 points above the network's initialisation.
 Measured results are in README.md.
 """
 

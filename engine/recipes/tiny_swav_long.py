@@ -3,7 +3,7 @@
 fuseer demo recipe=tiny_swav_long
 
 Needs Debian's dataset-fashion-mnist; without it, it trains as long on the bundled 10,000 images.
-Expected: under half an hour on two cores; passes raw pixels narrowly, by less than tiny_swav does. Measured results are in README.md.
+Expected: under half an hour on two cores; passes raw pixels narrowly. Measured results are in README.md.
 """
 
 from fuseer.engine.config import TrainConfig
