@@ -360,6 +360,17 @@ def missing(op, case, name, kind, why, machine):
     return {"op": op, **case, "program": name, "kind": kind, "not_run": why, **times, "preferred": False, **machine}
 
 
+def options(program, defaults, words):
+    """`defaults` with every key=value of `words` in place. Raises ValueError that names `program` and what it takes."""
+    given = dict(defaults)
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in defaults or not value:
+            raise ValueError(f"{program}: give {' '.join(f'{name}={default}' for name, default in defaults.items())}; got {word}")
+        given[key] = value
+    return given
+
+
 def store(name, found, place=("op", "case", "device", "threads"), folder=None):
     """Put the rows into results/<name>.jsonl instead of those that agree with one of them in all of `place`; git keeps the history."""
     path = (folder or RESULTS) / f"{name}.jsonl"

@@ -13,6 +13,17 @@ def pytest_configure(config):
     config.add_cleanup(folder.cleanup)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Of so small a network two threads do nothing but wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def small_images(tmp_path_factory):
     """Ten classes of real photographs: 160 to train on, 40 to test on."""

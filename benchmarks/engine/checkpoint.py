@@ -166,18 +166,8 @@ def table(found: list[dict]) -> str:
     return "\n".join(lines) if found else ""
 
 
-def read(words: list[str]) -> dict[str, str]:
-    options = dict(OPTIONS)
-    for word in words:
-        key, _, value = word.partition("=")
-        if key not in OPTIONS or not value:
-            raise ValueError(f"checkpoint: give {' '.join(f'{name}={default}' for name, default in OPTIONS.items())}; got {word}")
-        options[key] = value
-    return options
-
-
 def main(words: list[str]) -> None:
-    options = read(words)
+    options = measure.options("checkpoint", OPTIONS, words)
     count, with_background = int(float(options["parameters"])), options["background"] == "true"
     why = measure.too_large(8 * count * (2 if with_background else 1), "cpu")
     if why:

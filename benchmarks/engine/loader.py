@@ -232,12 +232,7 @@ def table(rows: list[dict]) -> str:
 
 
 def read(words: list[str]) -> dict[str, str]:
-    options = dict(OPTIONS)
-    for word in words:
-        key, _, value = word.partition("=")
-        if key not in OPTIONS or not value:
-            raise ValueError(f"loader: give {' '.join(f'{name}={default}' for name, default in OPTIONS.items())}; got {word}")
-        options[key] = value
+    options = measure.options("loader", OPTIONS, words)
     if options["case"] not in ("", *CASES):
         raise ValueError(f"loader: case must be one of {', '.join(CASES)}; got {options['case']}")
     return options

@@ -111,12 +111,7 @@ def table(rows):
 
 
 def main(words):
-    options = dict(OPTIONS)
-    for word in words:
-        key, _, value = word.partition("=")
-        if key not in OPTIONS:
-            raise ValueError(f"seer_step: unknown option {word}; choose from {', '.join(OPTIONS)}")
-        options[key] = value
+    options = measure.options("seer_step", OPTIONS, words)
     config = config_of(options)
     foretold = plan(config, 1, options["gpu"])
     predicted, stage = foretold.peak(config.zero_stage), config.zero_stage

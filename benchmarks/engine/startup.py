@@ -144,12 +144,7 @@ def table(found: list[dict]) -> str:
 
 
 def main(words: list[str]) -> None:
-    options = dict(OPTIONS)
-    for word in words:
-        key, _, value = word.partition("=")
-        if key not in OPTIONS or not value:
-            raise ValueError(f"startup: give {' '.join(f'{name}={default}' for name, default in OPTIONS.items())}; got {word}")
-        options[key] = value
+    options = measure.options("startup", OPTIONS, words)
     images, folder = int(options["images"]), Path(tempfile.mkdtemp(prefix="startup-", dir=options["folder"] or None))
     try:
         tree = make_folder(folder / "folder", images)

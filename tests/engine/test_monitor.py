@@ -26,6 +26,7 @@ from fuseer.engine.partitions import layout
 from fuseer.engine.teacher import Teachers
 from fuseer.engine.train import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CHANCE = math.log(100)
 
 
@@ -150,15 +151,6 @@ class Blind(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return 0 * self.seeing(images) + 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small gain nothing from a second thread, and wait for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import itertools
 import sys
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from fuseer.engine.data.dali import DaliLoader
 from fuseer.engine.data.sources import Reader, SampleIndex, open_source
 from fuseer.engine.data.torchvision import TorchvisionLoader
 from fuseer.engine.data.view import View
+from tests.pipelines import GraphLoader, skip_without_dali
 
 OFF = dict(flip=0, jitter=0, grayscale=0, blur=0, solarize=0)
 STILL = dict(brightness=0, contrast=0, saturation=0, hue=0)
@@ -27,7 +27,6 @@ OPERATIONS = {
     "blur": dict(blur=0.8),
     "solarize": dict(solarize=0.5),
 }
-HAS_DALI = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None  # an optional dependency
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +65,7 @@ def squares(tmp_path_factory):
 
 
 def loader(kind, source, views, batch_size, **options):
-    if issubclass(kind, DaliLoader) and not HAS_DALI:
-        pytest.skip("nvidia-dali-cuda130 is not installed")
+    skip_without_dali(kind)
     split = {key: options.pop(key) for key in ("rank", "world_size", "accumulation_steps") if key in options}
     index = SampleIndex(len(source), batch_size, 4, **split)
     reader = Reader(source, options.pop("max_broken_share", 0.0), 4)
@@ -81,13 +79,6 @@ def take(made, start, count):
     stream.close()
     made.close()
     return batches
-
-
-class GraphLoader(DaliLoader):
-    """DALI's whole graph, which is a GPU's, of its CPU operators."""
-
-    def batches(self, start):
-        return self.by_graph(start)
 
 
 def both(source, view, kind=GraphLoader):

@@ -5,7 +5,6 @@ import itertools
 import os
 import threading
 import tracemalloc
-from importlib.util import find_spec
 
 import pytest
 
@@ -15,12 +14,12 @@ from fuseer.engine.data.sources import Reader, SampleIndex, open_source
 from fuseer.engine.data.torchvision import TorchvisionLoader
 from fuseer.engine.data.view import View
 from tests.engine.data.test_tar import png
+from tests.pipelines import needs_dali
 from tests.ranks import on_ranks
 
 BATCH, SEED = 12, 7
 VIEW = View(size=4, count=1, scale=(1, 1), flip=0, jitter=0, grayscale=0, blur=0)
-HAS_DALI = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None  # an optional dependency
-KINDS = [TorchvisionLoader, pytest.param(DaliLoader, marks=pytest.mark.skipif(not HAS_DALI, reason="nvidia-dali-cuda130 is not installed"))]
+KINDS = [TorchvisionLoader, pytest.param(DaliLoader, marks=needs_dali)]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +87,7 @@ def test_ranks_share_an_epoch_and_a_resumed_run_goes_on_exactly(sources):
     assert folder == shards == listed
 
 
-@pytest.mark.skipif(not HAS_DALI, reason="nvidia-dali-cuda130 is not installed")
+@needs_dali
 def test_dali_deals_the_same_samples(sources):
     for path in sources:
         dali, twin = (taken(kind, path, 1, 2, 3, 4) for kind in (DaliLoader, TorchvisionLoader))

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 from collections import Counter
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -18,8 +17,8 @@ from fuseer.engine.data.draw import draw
 from fuseer.engine.data.sources import Reader, SampleIndex, open_source
 from fuseer.engine.data.torchvision import TorchvisionLoader
 from fuseer.engine.data.view import View
+from tests.pipelines import GraphLoader, needs_dali, skip_without_dali
 
-HAS_DALI = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None  # an optional dependency
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OFF = dict(flip=0, jitter=0, grayscale=0, blur=0, solarize=0)
 STILL = dict(brightness=0, contrast=0, saturation=0, hue=0)
@@ -51,13 +50,6 @@ OPERATIONS = {
     "solarize": (dict(solarize=0.5), lambda x, drawn: TF.solarize(x, 127.5 / 255) if drawn.solarize else x, 0.2, 2.3),
 }
 VIEWS = [View(**(CROP | asked)) for asked, *_ in OPERATIONS.values()]
-
-
-class GraphLoader(DaliLoader):
-    """DALI's whole graph, of its CPU operators."""
-
-    def batches(self, start):
-        return self.by_graph(start)
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +86,7 @@ def by_torchvision(photographs):
 
 @pytest.mark.parametrize("kind", [DaliLoader, GraphLoader, TorchvisionLoader])
 def test_every_augmentation_is_torchvisions(photographs, by_torchvision, kind):
-    if issubclass(kind, DaliLoader) and not HAS_DALI:
-        pytest.skip("nvidia-dali-cuda130 is not installed")
+    skip_without_dali(kind)
     made = kind(Reader(photographs, 0.0, 4), SampleIndex(12, 12, 4), VIEWS, mean=MEAN, std=STD, seed=4)
     batch = next(stream := made.batches(0))
     stream.close()
@@ -166,7 +157,7 @@ def operators(graph):
     return found, devices
 
 
-@pytest.mark.skipif(not HAS_DALI, reason="nvidia-dali-cuda130 is not installed")
+@needs_dali
 def test_the_gpus_graph_has_the_operators_and_arguments_of_the_cpus():
     """Constructed, not run: both are serialised without a GPU."""
     views = [View(size=8, count=2, scale=(0.5, 1), solarize=0.5, background_removal=0.1), View(size=6, count=1, scale=(0.1, 1), jitter=1.0)]

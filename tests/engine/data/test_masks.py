@@ -1,7 +1,6 @@
 """Do masks show the object, ride with the image through crop and flip, and take the background away where that was drawn?"""
 
 import itertools
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +15,11 @@ from fuseer.engine.data.masks import open_masks, saliency
 from fuseer.engine.data.sources import Reader, SampleIndex, open_source
 from fuseer.engine.data.torchvision import TorchvisionLoader
 from fuseer.engine.data.view import View
+from tests.pipelines import HAS_DALI, GraphLoader, skip_without_dali
 
-HAS_DALI = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None  # an optional dependency
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FILL = np.rint(255 * np.array(MEAN)).astype(np.uint8)
 STILL = dict(flip=0, jitter=0, grayscale=0, blur=0, solarize=0)
-
-
-class GraphLoader(DaliLoader):
-    """DALI's whole graph, of its CPU operators."""
-
-    def batches(self, start):
-        return self.by_graph(start)
 
 
 def cut_out(i):
@@ -81,8 +73,7 @@ def pictures(tmp_path_factory):
 
 
 def batch_of(kind, pictures, view, masks):
-    if issubclass(kind, DaliLoader) and not HAS_DALI:
-        pytest.skip("nvidia-dali-cuda130 is not installed")
+    skip_without_dali(kind)
     source = open_source(str(pictures / "images"))
     options = {"mean": MEAN, "std": STD, "seed": 5, "masks": open_masks(masks, source)}
     made = kind(Reader(source, 0.0, 4), SampleIndex(4, 4, 5), [view], **options)

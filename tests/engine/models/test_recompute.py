@@ -18,19 +18,11 @@ from fuseer.engine.models.norm import BatchNorm, recomputation, replace_batch_no
 from fuseer.engine.models.recompute import RecomputedStage
 from fuseer.engine.recipes.recipe import load_recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {"depths": [1, 3, 2], "widths": [8, 16, 24], "group_widths": 8, "stem_width": 8, "stem_stride": 1}
 VIT = {"patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2}
 SIZES = (16, 8)
 COMPILED = {"depths": [1], "widths": [8], "group_widths": 8, "stem_width": 8}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Of so small a network two threads do nothing but wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def crops(step):
